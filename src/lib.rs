@@ -1,0 +1,5 @@
+//! Quorate: a distributed, consistent key-value store that speaks etcd's protocols.
+//!
+//! Dependencies point one way: `core` (pure) ← `actors` ← `transport` ← the daemon. See ARCHITECTURE.md.
+
+pub mod core;
