@@ -1,5 +1,12 @@
 //! The pure core: no actor, socket, file, clock or randomness. Time and input come in, messages and
 //! effects go out, so that the same code runs under the actors and under a simulator.
 
+pub mod alarm;
+pub mod apply;
+pub mod command;
 pub mod event;
+pub mod lease;
+pub mod membership;
+pub mod mvcc;
+pub mod quota;
 pub mod types;

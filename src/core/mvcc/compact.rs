@@ -1,0 +1,118 @@
+//! Forgetting superseded revisions: at once for readers, in slices for the disk.
+//!
+//! A compaction at R takes effect when its entry is applied ([`Store::compact`]). What it supersedes
+//! is dropped later, key by key in key order ([`Compaction::slice`]). What is dropped of a key depends
+//! only on its changes up to R, so writes may go on between slices, and a compaction cut short by a
+//! crash is simply done again from the start.
+
+use std::ops::Bound;
+use std::sync::Arc;
+
+use engine_api::{Batch, Table};
+
+use super::keyspace::revision_key;
+use super::{Key, ReadError, Store};
+use crate::core::types::Revision;
+
+/// Meta keys of a compaction (formats-and-peers 3.2).
+pub const SCHEDULED: &[u8] = b"scheduledCompactRev";
+/// Set when everything superseded is gone.
+pub const FINISHED: &[u8] = b"finishedCompactRev";
+
+impl Store {
+    /// Makes revisions below `at` unreadable.
+    ///
+    /// # Errors
+    /// `Compacted` if that is so already, `Future` if `at` is not reached.
+    pub fn compact(&mut self, at: i64) -> Result<(), ReadError> {
+        if at <= self.now.compact_revision {
+            return Err(ReadError::Compacted { asked: at, compacted: self.now.compact_revision });
+        }
+        if at > self.now.revision {
+            return Err(ReadError::Future { asked: at, current: self.now.revision });
+        }
+        self.now.compact_revision = at;
+        Ok(())
+    }
+}
+
+/// A compaction whose superseded revisions are being dropped.
+#[derive(Clone, Debug)]
+pub struct Compaction {
+    at: i64,
+    /// The next key to look at; `None` for the first.
+    next: Option<Key>,
+}
+
+/// Progress of a slice.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Sliced {
+    /// Revisions dropped.
+    pub dropped: usize,
+    /// Nothing is left to do.
+    pub done: bool,
+}
+
+impl Compaction {
+    /// The dropping of what a compaction at `at` superseded.
+    pub fn new(at: i64) -> Self {
+        Compaction { at, next: None }
+    }
+
+    /// The revision compacted at.
+    pub fn at(&self) -> i64 {
+        self.at
+    }
+
+    /// Looks at up to `keys` further keys, drops up to about `limit` revisions from the index and
+    /// adds their deletion to `batch`. All of one key is in one slice, so a batch that is lost
+    /// leaves each key whole.
+    pub fn slice(
+        &mut self,
+        store: &mut Store,
+        batch: &mut Batch,
+        keys: usize,
+        limit: usize,
+    ) -> Sliced {
+        let mut due: Vec<Key> = Vec::new();
+        let mut looked = 0;
+        let mut superseded = 0;
+        let from = match &self.next {
+            Some(key) => Bound::Included(&key[..]),
+            None => Bound::Unbounded,
+        };
+        let mut rest = store.now.index.range::<_, [u8]>((from, Bound::Unbounded));
+        let next = loop {
+            let Some((key, history)) = rest.next() else { break None };
+            if looked == keys || superseded >= limit {
+                break Some(key.clone());
+            }
+            looked += 1;
+            if history.superseded(self.at) > 0 {
+                superseded += history.superseded(self.at);
+                due.push(key.clone());
+            }
+        };
+        self.next = next;
+        let mut dropped = 0;
+        for key in due {
+            let history = store.now.index.get_mut(&key[..]).expect("the key was just seen");
+            let pending = &mut store.now.pending;
+            let left = Arc::make_mut(history).compact(self.at, &mut |revision, tombstone| {
+                dropped += 1;
+                // What the engine was never given must not be given after its deletion.
+                if pending.remove(&revision).is_none() {
+                    batch.delete(Table::Key, revision_key(revision, tombstone));
+                }
+            });
+            if !left {
+                store.now.index.remove(&key[..]);
+            }
+        }
+        let done = self.next.is_none();
+        if done {
+            batch.put(Table::Meta, FINISHED, revision_key(Revision::main(self.at), false));
+        }
+        Sliced { dropped, done }
+    }
+}
