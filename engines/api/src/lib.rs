@@ -113,6 +113,35 @@ impl Batch {
     pub fn len(&self) -> usize {
         self.ops.len()
     }
+
+    /// Refuses an empty key. Not every backend can store one and etcd never writes one, so each
+    /// engine calls this at the start of [`Engine::commit`] and all behave alike.
+    ///
+    /// # Errors
+    /// `Unusable`, naming the operation's place in the batch.
+    pub fn refuse_empty_keys(&self) -> Result<(), EngineError> {
+        for (at, op) in self.ops.iter().enumerate() {
+            let (Op::Put { table, key, .. } | Op::Delete { table, key }) = op;
+            if key.is_empty() {
+                return Err(EngineError::Unusable(format!(
+                    "operation {at} of the batch has an empty key for table {table}"
+                )));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether no key can lie within the bounds. Backends and standard maps disagree about inverted
+/// bounds (an empty result, an error, a panic), so an engine asks here first.
+pub fn is_empty_range(from: Bound<&[u8]>, to: Bound<&[u8]>) -> bool {
+    match (from, to) {
+        (Bound::Unbounded, Bound::Excluded(to)) => to.is_empty(),
+        (Bound::Unbounded, _) | (_, Bound::Unbounded) => false,
+        (Bound::Included(from), Bound::Included(to)) => from > to,
+        (Bound::Included(from) | Bound::Excluded(from), Bound::Excluded(to))
+        | (Bound::Excluded(from), Bound::Included(to)) => from >= to,
+    }
 }
 
 /// What a commit promises about a crash of the machine.
@@ -141,6 +170,8 @@ pub trait Engine: Send + Sync + 'static {
     ///
     /// # Errors
     /// After `Io` or `Corrupt` every further commit answers `Poisoned`: the caller stops the member.
+    /// `Unusable` refuses the batch (an empty key, a value beyond the backend's limit) and changes
+    /// nothing.
     fn commit(&self, batch: &Batch, durability: Durability) -> Result<(), EngineError>;
 
     /// Bytes that the engine occupies on disk (or in memory, if it has no file).

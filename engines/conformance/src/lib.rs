@@ -1,1 +1,124 @@
-//! Placeholder.
+//! What every storage engine must do, as tests, and three engines that help to test others.
+//!
+//! [`suite!`] expands to one `#[test]` a case, in the crate of the engine under test:
+//!
+//! ```ignore
+//! mod conformance {
+//!     // files under `dir`; called again on the same `dir` to reopen
+//!     engine_conformance::suite!(|dir: &std::path::Path| crate::Disky::open(dir).unwrap());
+//! }
+//! mod in_memory {
+//!     // no files: the cases that reopen or crash show up as ignored
+//!     engine_conformance::suite!(|_: &std::path::Path| crate::Memory::new(), persistent: false);
+//! }
+//! ```
+//!
+//! An engine that promises that buffered commits survive an orderly drop adds
+//! `buffered_survives_drop: true` and gets that tested, too.
+//!
+//! [`Model`] is an engine too simple to be wrong, [`Mirror`] runs two engines and stops at the first
+//! difference, [`Failing`] breaks at a chosen commit.
+
+pub mod cases;
+pub mod crash;
+mod failing;
+mod mirror;
+mod model;
+mod rng;
+
+pub use failing::Failing;
+pub use mirror::Mirror;
+pub use model::Model;
+pub use rng::Rng;
+
+/// The tests that an engine must pass; see the crate's documentation.
+#[macro_export]
+macro_rules! suite {
+    ($open:expr $(,)?) => {
+        $crate::suite!(@memory $open);
+        $crate::suite!(@files $open, );
+    };
+    ($open:expr, buffered_survives_drop: true $(,)?) => {
+        $crate::suite!(@memory $open);
+        $crate::suite!(@files $open, );
+
+        #[test]
+        fn buffered_survives_an_orderly_drop() {
+            $crate::cases::buffered_survives_an_orderly_drop($open);
+        }
+    };
+    ($open:expr, persistent: false $(,)?) => {
+        $crate::suite!(@memory $open);
+        $crate::suite!(@files $open, #[ignore = "this engine keeps nothing on disk"]);
+    };
+    (@files $open:expr, $(#[$skip:meta])?) => {
+        $crate::suite!(@case $open, durable_survives_reopening $(#[$skip])?);
+        $crate::suite!(@case $open, buffered_before_durable_survives_reopening $(#[$skip])?);
+        $crate::suite!(@case $open, random_operations_with_reopening $(#[$skip])?);
+        $crate::suite!(@case $open, reclaimed_state_survives_reopening $(#[$skip])?);
+
+        #[test]
+        $(#[$skip])?
+        fn kill_keeps_what_was_acknowledged() {
+            $crate::crash::kill_keeps_what_was_acknowledged(module_path!(), $open);
+        }
+
+        /// The process that the case above starts and kills.
+        #[test]
+        #[ignore = "started by kill_keeps_what_was_acknowledged"]
+        fn crash_writer() {
+            $crate::crash::writer($open);
+        }
+    };
+    (@memory $open:expr) => {
+        $crate::suite!(@case $open, never_written_tables_are_empty);
+        $crate::suite!(@case $open, batch_is_visible_whole);
+        $crate::suite!(@case $open, later_operations_of_a_batch_win);
+        $crate::suite!(@case $open, tables_are_separate);
+        $crate::suite!(@case $open, deleting_an_absent_key_changes_nothing);
+        $crate::suite!(@case $open, view_ignores_later_commits);
+        $crate::suite!(@case $open, view_outlives_many_commits);
+        $crate::suite!(@case $open, views_of_several_ages_agree_with_their_moment);
+        $crate::suite!(@case $open, threads_see_whole_batches_in_order);
+        $crate::suite!(@case $open, scan_follows_byte_order);
+        $crate::suite!(@case $open, scan_respects_every_kind_of_bound);
+        $crate::suite!(@case $open, scan_stops_when_told);
+        $crate::suite!(@case $open, last_is_the_greatest_key);
+        $crate::suite!(@case $open, keys_may_hold_any_byte);
+        $crate::suite!(@case $open, empty_values_are_kept);
+        $crate::suite!(@case $open, empty_keys_are_refused);
+        $crate::suite!(@case $open, large_values_are_kept);
+        $crate::suite!(@case $open, large_batches_apply_whole);
+        $crate::suite!(@case $open, appends_mix_with_other_writes);
+        $crate::suite!(@case $open, empty_batches_commit);
+        $crate::suite!(@case $open, random_operations_match_the_model);
+        $crate::suite!(@case $open, sizes_follow_the_content);
+        $crate::suite!(@case $open, reclaim_gives_space_back);
+        $crate::suite!(@case $open, reclaim_of_an_empty_engine);
+        $crate::suite!(@case $open, view_outlives_reclaim);
+        $crate::suite!(@case $open, commits_and_reads_go_on_during_reclaim);
+    };
+    (@case $open:expr, $name:ident $(#[$skip:meta])?) => {
+        #[test]
+        $(#[$skip])?
+        fn $name() {
+            $crate::cases::$name($open);
+        }
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    mod model {
+        crate::suite!(|_: &std::path::Path| crate::Model::default(), persistent: false);
+    }
+    mod mirror {
+        crate::suite!(
+            |_: &std::path::Path| crate::Mirror::new(
+                crate::Model::default(),
+                crate::Model::default()
+            ),
+            persistent: false
+        );
+    }
+}

@@ -1,1 +1,305 @@
-//! Placeholder.
+//! The default engine: redb, a copy-on-write B-tree in one file.
+//!
+//! In `dir`:
+//!
+//! | file | holds |
+//! |---|---|
+//! | `data.redb` | the tables, under their bbolt names, and one of our own |
+//! | `data.redb.new` | a copy in the making ([`Engine::reclaim`], first start); removed on opening |
+//! | `lock` | nothing; locked by the process that has the engine open |
+//!
+//! A buffered commit stays in memory (at most half the cache, older ones spill into free pages of the
+//! file) until a durable one or an orderly drop, which makes all of it durable. After a crash the file
+//! holds the state of the last durable commit, and opening it takes milliseconds, because each durable
+//! commit records which pages are free.
+//!
+//! Views between two commits share one read transaction. An open view keeps the pages that later commits
+//! free from being reused, so the file grows while it is open.
+
+mod disk;
+mod reclaim;
+mod store;
+
+use std::collections::BTreeMap;
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::ops::{Bound, ControlFlow};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+use engine_api::{Batch, Durability, Engine, EngineError, Reclaimed, Table, View};
+use parking_lot::{Mutex, RwLock};
+
+use reclaim::Touched;
+use store::{Snapshot, Store};
+
+const DATA: &str = "data.redb";
+const NEW: &str = "data.redb.new";
+const LOCK: &str = "lock";
+
+/// How the engine uses the machine.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RedbOptions {
+    /// Memory for pages read and not yet written, in bytes, from 1 MiB; reclaim uses up to as much again
+    /// while it runs.
+    pub cache_bytes: usize,
+}
+
+impl Default for RedbOptions {
+    fn default() -> Self {
+        RedbOptions { cache_bytes: 64 << 20 }
+    }
+}
+
+impl RedbOptions {
+    const CACHE_BYTES: &str = "cache-bytes";
+    const CACHE_BYTES_MIN: usize = 1 << 20;
+
+    /// The options of the configuration file: `cache-bytes`, a decimal number; the default for what is
+    /// absent.
+    ///
+    /// # Errors
+    /// Names an unknown key and the known ones, or a value and the rule it breaks.
+    pub fn from_map(map: &BTreeMap<String, String>) -> Result<Self, String> {
+        let mut options = RedbOptions::default();
+        for (key, value) in map {
+            match key.as_str() {
+                Self::CACHE_BYTES => {
+                    options.cache_bytes = value
+                        .parse()
+                        .ok()
+                        .filter(|bytes| *bytes >= Self::CACHE_BYTES_MIN)
+                        .ok_or_else(|| {
+                            format!(
+                                "engine option {key} is {value:?} but must be a number of bytes, at \
+                                 least {}",
+                                Self::CACHE_BYTES_MIN
+                            )
+                        })?;
+                }
+                _ => {
+                    return Err(format!(
+                        "unknown option {key:?} of engine redb; it has: {}",
+                        Self::CACHE_BYTES
+                    ));
+                }
+            }
+        }
+        Ok(options)
+    }
+}
+
+/// The engine over one directory.
+pub struct Redb {
+    dir: PathBuf,
+    options: RedbOptions,
+    /// Held by a commit from its start to its end: one committer at a time.
+    writer: Mutex<Writer>,
+    shared: RwLock<Shared>,
+    /// One reclaim at a time.
+    reclaiming: Mutex<()>,
+    /// Why no commit is possible any more.
+    poisoned: OnceLock<String>,
+    // last: another process may open the directory only when the file is closed
+    _lock: File,
+}
+
+#[derive(Default)]
+struct Writer {
+    /// What commits have changed since reclaim last looked; `None` while none runs.
+    touched: Option<Touched>,
+}
+
+struct Shared {
+    store: Arc<Store>,
+    /// The state after the last commit, once somebody has asked for it.
+    snapshot: Option<Arc<Snapshot>>,
+}
+
+impl Redb {
+    /// Opens the engine in `dir`, which is created if it is absent.
+    ///
+    /// # Errors
+    /// `Unusable`: another process has it open, or the file is another program's. `Corrupt`: the file is
+    /// damaged. `Io`: the system refused. Each names the file.
+    pub fn open(dir: &Path, options: &RedbOptions) -> Result<Redb, EngineError> {
+        fs::create_dir_all(dir).map_err(|error| failed("create directory", dir, error))?;
+        let lock = lock(dir)?;
+        let (data, new) = (dir.join(DATA), dir.join(NEW));
+        remove_if_there(&new)?;
+        if !exists(&data)? {
+            // under another name first: a crash leaves either no file or a complete one
+            drop(Store::create(&new, options.cache_bytes)?);
+            fs::rename(&new, &data).map_err(|error| failed("rename", &new, error))?;
+            sync_dir(dir)?;
+            if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+                sync_dir(parent)?;
+            }
+        }
+        let store = Arc::new(Store::open(&data, &data, options.cache_bytes)?);
+        Ok(Redb {
+            dir: dir.to_path_buf(),
+            options: options.clone(),
+            writer: Mutex::default(),
+            shared: RwLock::new(Shared { store, snapshot: None }),
+            reclaiming: Mutex::new(()),
+            poisoned: OnceLock::new(),
+            _lock: lock,
+        })
+    }
+
+    /// Whether opening had to read the whole file to find its free pages: after a crash before the first
+    /// durable commit, or after a broken disk.
+    pub fn repaired(&self) -> bool {
+        self.shared.read().store.repaired()
+    }
+
+    fn store(&self) -> Arc<Store> {
+        Arc::clone(&self.shared.read().store)
+    }
+
+    fn snapshot(&self) -> Result<Arc<Snapshot>, EngineError> {
+        if let Some(snapshot) = &self.shared.read().snapshot {
+            return Ok(Arc::clone(snapshot));
+        }
+        // taken and kept under one lock: a commit that ends in between would leave an old one behind
+        let mut shared = self.shared.write();
+        if let Some(snapshot) = &shared.snapshot {
+            return Ok(Arc::clone(snapshot));
+        }
+        let snapshot = Arc::new(shared.store.snapshot()?);
+        shared.snapshot = Some(Arc::clone(&snapshot));
+        Ok(snapshot)
+    }
+
+    fn check_poisoned(&self) -> Result<(), EngineError> {
+        match self.poisoned.get() {
+            Some(why) => Err(EngineError::Poisoned(why.clone())),
+            None => Ok(()),
+        }
+    }
+
+    /// Stops the engine unless `error` says that nothing has happened; answers `error`.
+    fn poison(&self, error: EngineError) -> EngineError {
+        if !matches!(error, EngineError::Unusable(_)) {
+            // the first reason stays
+            let _ = self.poisoned.set(error.to_string());
+        }
+        error
+    }
+}
+
+impl Engine for Redb {
+    fn name(&self) -> &'static str {
+        "redb"
+    }
+
+    fn view(&self) -> Result<Box<dyn View + '_>, EngineError> {
+        self.check_poisoned()?;
+        Ok(Box::new(RedbView(self.snapshot()?)))
+    }
+
+    fn commit(&self, batch: &Batch, durability: Durability) -> Result<(), EngineError> {
+        let mut writer = self.writer.lock();
+        self.check_poisoned()?;
+        batch.refuse_empty_keys()?;
+        if batch.is_empty() && durability == Durability::Buffered {
+            return Ok(());
+        }
+        self.store().commit(batch, durability).map_err(|error| self.poison(error))?;
+        if let Some(touched) = &mut writer.touched {
+            touched.note(batch);
+        }
+        let outdated = self.shared.write().snapshot.take();
+        // after the lock: closing a read transaction takes redb's own locks
+        drop(outdated);
+        Ok(())
+    }
+
+    /// The length of the file. redb doubles a small file when it needs room; what was not written
+    /// occupies no blocks.
+    fn size(&self) -> Result<u64, EngineError> {
+        Ok(self.shared.read().store.len())
+    }
+
+    /// An estimate from a counter kept with each commit, so that it costs nothing: bytes of all rows, and
+    /// an eighth for unfilled pages and branches. redb's exact figure needs a walk of all pages.
+    fn size_in_use(&self) -> Result<u64, EngineError> {
+        let shared = self.shared.read();
+        let live = shared.store.live_bytes();
+        Ok((live + live / 8).min(shared.store.len()))
+    }
+
+    fn reclaim(&self) -> Result<Reclaimed, EngineError> {
+        self.rebuild()
+    }
+}
+
+struct RedbView(Arc<Snapshot>);
+
+impl View for RedbView {
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, EngineError> {
+        self.0.get(table, key)
+    }
+
+    fn scan(
+        &self,
+        table: Table,
+        from: Bound<&[u8]>,
+        to: Bound<&[u8]>,
+        visit: &mut dyn FnMut(&[u8], &[u8]) -> ControlFlow<()>,
+    ) -> Result<(), EngineError> {
+        self.0.scan(table, from, to, visit)
+    }
+
+    fn last(&self, table: Table) -> Result<Option<(Bytes, Bytes)>, EngineError> {
+        self.0.last(table)
+    }
+}
+
+fn failed(doing: &str, path: &Path, source: io::Error) -> EngineError {
+    EngineError::Io { what: format!("{doing} {}", path.display()), source }
+}
+
+/// Takes the lock that keeps other processes out. redb locks its file as well, but a reclaim puts another
+/// file in its place.
+fn lock(dir: &Path) -> Result<File, EngineError> {
+    let path = dir.join(LOCK);
+    let file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&path)
+        .map_err(|error| failed("open", &path, error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(EngineError::Unusable(format!(
+            "{} is in use: {} is locked by another process",
+            dir.display(),
+            path.display()
+        ))),
+        Err(TryLockError::Error(error)) => Err(failed("lock", &path, error)),
+    }
+}
+
+fn exists(path: &Path) -> Result<bool, EngineError> {
+    path.try_exists().map_err(|error| failed("examine", path, error))
+}
+
+fn remove_if_there(path: &Path) -> Result<(), EngineError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed("remove", path, error)),
+        _ => Ok(()),
+    }
+}
+
+/// Makes the names in `dir` durable.
+fn sync_dir(dir: &Path) -> Result<(), EngineError> {
+    File::open(dir)
+        .and_then(|dir| dir.sync_all())
+        .map_err(|error| failed("sync directory", dir, error))
+}
+
+#[cfg(test)]
+mod tests;

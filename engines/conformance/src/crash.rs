@@ -1,0 +1,173 @@
+//! Kill -9 at random moments: the test binary starts itself as a writer, kills it, and looks at what
+//! is left.
+//!
+//! What batch `n` does and what all tables hold after it follow from `n` alone, so that the checker
+//! needs nothing but the number found in the file.
+
+use std::io::{BufRead, BufReader, Write, stdout};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use bytes::Bytes;
+use engine_api::{Batch, Durability, Engine, Table};
+
+use crate::cases::{Rows, all_rows, revision_key};
+use crate::rng::{Rng, each_seed};
+
+const ROUNDS: u64 = 30;
+const DIR: &str = "ENGINE_CRASH_DIR";
+const RECLAIM: &str = "ENGINE_CRASH_RECLAIM";
+
+/// Batches whose rows are still there after batch `n`; the rows of older ones have been deleted.
+fn live(n: u64) -> Range<u64> {
+    n.saturating_sub(39).max(1)..n + 1
+}
+
+fn rows_of(n: u64) -> Rows {
+    let mut rng = Rng::new(n);
+    (0..1 + rng.below(60))
+        .map(|sub| {
+            let len = if rng.one_in(50) { 10_000 } else { rng.below(300) } as usize;
+            (revision_key(n, sub), rng.bytes(len).into())
+        })
+        .collect()
+}
+
+/// A slot that batch `n` overwrites.
+fn slot(n: u64) -> Bytes {
+    Bytes::from(format!("slot {}", n % 7))
+}
+
+fn batch(n: u64) -> Batch {
+    let mut batch = Batch::default();
+    for (key, value) in rows_of(n) {
+        batch.put(Table::Key, key, value);
+    }
+    if let Some(old) = live(n - 1).next().filter(|old| !live(n).contains(old)) {
+        for (key, _) in rows_of(old) {
+            batch.delete(Table::Key, key);
+        }
+    }
+    batch.put(Table::Lease, slot(n), n.to_string());
+    batch.put(Table::Meta, "n", n.to_be_bytes().to_vec());
+    batch
+}
+
+fn durability(n: u64) -> Durability {
+    if Rng::new(!n).one_in(4) { Durability::Durable } else { Durability::Buffered }
+}
+
+/// Checks that the engine holds the state after some batch, and answers its number.
+fn check(engine: &impl Engine, context: &str) -> u64 {
+    let view = engine.view().unwrap();
+    let Some(n) = view.get(Table::Meta, b"n").unwrap() else {
+        for table in Table::ALL {
+            assert!(all_rows(&*view, table).is_empty(), "{context}: rows without a number");
+        }
+        return 0;
+    };
+    let n = u64::from_be_bytes(n[..].try_into().expect("8 bytes"));
+    let expected: Rows = live(n).flat_map(rows_of).collect();
+    assert!(all_rows(&*view, Table::Key) == expected, "{context}: batch {n} is not whole");
+    let mut slots: Rows =
+        (n.saturating_sub(6).max(1)..=n).map(|n| (slot(n), Bytes::from(n.to_string()))).collect();
+    slots.sort();
+    assert!(all_rows(&*view, Table::Lease) == slots, "{context}: slots differ after batch {n}");
+    n
+}
+
+/// The process that is killed: commits batch after batch and prints the number of each durable one
+/// once it is acknowledged. Does nothing but say so unless the parent has set the directory.
+pub fn writer<E: Engine>(open: impl Fn(&Path) -> E) {
+    let Some(dir) = std::env::var_os(DIR).map(PathBuf::from) else {
+        eprintln!("this test is a process that another test starts");
+        return;
+    };
+    let engine = open(&dir);
+    let mut n = check(&engine, "at the writer's start");
+    thread::scope(|scope| {
+        if std::env::var_os(RECLAIM).is_some() {
+            scope.spawn(|| {
+                loop {
+                    engine.reclaim().unwrap();
+                }
+            });
+        }
+        loop {
+            n += 1;
+            engine.commit(&batch(n), durability(n)).unwrap();
+            if durability(n) == Durability::Durable {
+                let mut out = stdout().lock();
+                writeln!(out, "\ndurable {n}").and_then(|()| out.flush()).unwrap();
+            }
+        }
+    });
+}
+
+/// Starts, kills and checks; `module` is where the test `crash_writer` is.
+pub fn kill_keeps_what_was_acknowledged<E: Engine>(module: &str, open: impl Fn(&Path) -> E) {
+    each_seed([1], |seed| kill_repeatedly(seed, module, &open));
+}
+
+fn kill_repeatedly<E: Engine>(seed: u64, module: &str, open: &impl Fn(&Path) -> E) {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let mut rng = Rng::new(seed);
+    // the test harness leaves the crate out of a test's name
+    let (_, module) = module.split_once("::").expect("a module below the crate");
+    let mut batches = 0;
+    for round in 0..ROUNDS {
+        let mut command = Command::new(std::env::current_exe().expect("the test binary's path"));
+        command
+            .args([&format!("{module}::crash_writer"), "--exact", "--ignored", "--nocapture"])
+            .env(DIR, dir.path())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped());
+        // reclaim in two rounds of three, so that kills land in each of its steps
+        if round % 3 != 0 {
+            command.env(RECLAIM, "1");
+        }
+        let mut child = command.spawn().expect("the test binary starts again");
+        let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
+        let mut acknowledged = 0;
+        let mut note = |line: &str| {
+            if let Some(n) = line.strip_prefix("durable ") {
+                acknowledged = n.parse().expect("a number");
+                true
+            } else {
+                false
+            }
+        };
+        // some progress, then a moment that falls anywhere within a commit
+        let mut wanted = rng.below(12);
+        let moment = Duration::from_micros(rng.below(8_000));
+        while wanted > 0 {
+            let Some(Ok(line)) = lines.next() else {
+                let status = child.wait();
+                panic!("seed {seed}, round {round}: the writer ended by itself: {status:?}");
+            };
+            wanted -= u64::from(note(&line));
+        }
+        thread::sleep(moment);
+        child.kill().expect("the writer is still there");
+        // what it printed before it died counts as well
+        for line in lines.map_while(Result::ok) {
+            note(&line);
+        }
+        let status = child.wait().expect("the writer has ended");
+        assert!(!status.success(), "seed {seed}, round {round}: the writer was not killed");
+
+        let context = format!("seed {seed}, round {round}");
+        let engine = open(dir.path());
+        let found = check(&engine, &context);
+        assert!(
+            found >= acknowledged && found >= batches,
+            "{context}: batch {found} is the last, {acknowledged} was acknowledged as durable, \
+             {batches} was there before"
+        );
+        batches = found;
+    }
+    assert!(batches > ROUNDS, "seed {seed}: only {batches} batches in all rounds");
+}
