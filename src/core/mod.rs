@@ -3,3 +3,4 @@
 
 pub mod event;
 pub mod types;
+pub mod wal;
