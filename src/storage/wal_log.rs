@@ -932,3 +932,390 @@ impl Worker {
         Ok(prepared)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::actors::disk::{Fault, MemDisk, OsDisk};
+
+    const SMALL: WalOptions =
+        WalOptions { segment_bytes: 4096, zero_ahead_bytes: 1024, prepare_ahead: false };
+
+    fn metadata() -> walpb::Metadata {
+        walpb::Metadata { node_id: Some(0x1234), cluster_id: Some(u64::MAX) }
+    }
+
+    fn entry(term: u64, index: u64, bytes: usize) -> raftpb::Entry {
+        // No byte is zero: etcd's rule takes a sector of zeros within a record for a torn one.
+        let data = (0..bytes).map(|n| (n as u64 * 7 + index) as u8 | 1).collect::<Vec<u8>>();
+        raftpb::Entry { r#type: 0, term, index, data: data.into() }
+    }
+
+    fn state(term: u64, commit: u64) -> raftpb::HardState {
+        raftpb::HardState { term, vote: 1, commit }
+    }
+
+    fn snapshot(index: u64, term: u64) -> walpb::Snapshot {
+        let conf_state = raftpb::ConfState { voters: vec![1], ..Default::default() };
+        walpb::Snapshot { index: Some(index), term: Some(term), conf_state: Some(conf_state) }
+    }
+
+    fn newest(valid: &[walpb::Snapshot]) -> walpb::Snapshot {
+        valid.last().cloned().unwrap_or_default()
+    }
+
+    fn beginning(_: &[walpb::Snapshot]) -> walpb::Snapshot {
+        walpb::Snapshot::default()
+    }
+
+    fn mem() -> (MemDisk, SharedDisk) {
+        let disk = MemDisk::new();
+        disk.create_dir_all(Path::new("/m")).unwrap();
+        disk.sync_dir(Path::new("/")).unwrap();
+        (disk.clone(), Arc::new(disk))
+    }
+
+    fn dir() -> &'static Path {
+        Path::new("/m/wal")
+    }
+
+    fn segments(disk: &dyn Disk) -> Vec<String> {
+        let mut names = disk.list(dir()).unwrap();
+        names.retain(|name| name.ends_with(".wal"));
+        names
+    }
+
+    fn reopen(disk: &MemDisk) -> Result<(WalLog, Recovered), WalError> {
+        WalLog::open_with(Arc::new(disk.clone()), dir(), SMALL, beginning)
+    }
+
+    #[test]
+    fn what_is_appended_is_read_again_over_many_segments() {
+        let (mem, disk) = mem();
+        let mut log = WalLog::create_with(disk, dir(), &metadata(), SMALL).unwrap();
+        let mut expected = Vec::new();
+        for index in 1..=100 {
+            let entries = [entry(1, index, (index as usize * 37) % 900)];
+            log.append(&entries, Some(&state(1, index - 1))).unwrap();
+            log.sync().unwrap();
+            assert!(!log.sync_needed());
+            expected.extend(entries);
+        }
+        assert_eq!(log.last_index(), 100);
+        assert!(log.written_bytes() > 100 * 300);
+        assert!(segments(&mem).len() > 5);
+        log.close().unwrap();
+
+        let (mut log, recovered) = reopen(&mem).unwrap();
+        assert_eq!(recovered.entries, expected);
+        assert_eq!(recovered.hard_state, state(1, 99));
+        assert_eq!(recovered.metadata, metadata());
+        assert_eq!(recovered.torn, None);
+        assert_eq!(recovered.last_index, 100);
+
+        // More, over the tail of an earlier process, and an overwritten end.
+        log.append(&[entry(2, 90, 10)], None).unwrap();
+        log.sync().unwrap();
+        drop(log);
+        let (_, recovered) = reopen(&mem).unwrap();
+        assert_eq!(recovered.last_index, 90);
+        assert_eq!(recovered.entries[..89], expected[..89]);
+        assert_eq!(recovered.entries[89], entry(2, 90, 10));
+    }
+
+    #[test]
+    fn a_commit_index_alone_asks_for_no_sync() {
+        let (_, disk) = mem();
+        let mut log = WalLog::create_with(disk, dir(), &metadata(), SMALL).unwrap();
+        log.append(&[entry(1, 1, 1)], Some(&state(1, 0))).unwrap();
+        log.sync().unwrap();
+        log.append(&[], Some(&state(1, 1))).unwrap();
+        assert!(!log.sync_needed());
+        log.append(&[], Some(&state(2, 1))).unwrap();
+        assert!(log.sync_needed());
+    }
+
+    #[test]
+    fn a_second_opener_is_told_that_the_log_is_locked() {
+        let (mem, disk) = mem();
+        let log = WalLog::create_with(Arc::clone(&disk), dir(), &metadata(), SMALL).unwrap();
+        assert!(matches!(reopen(&mem), Err(WalError::Locked { .. })));
+        assert!(matches!(
+            WalLog::create_with(disk, dir(), &metadata(), SMALL),
+            Err(WalError::Exists { .. })
+        ));
+        drop(log);
+        reopen(&mem).unwrap();
+        assert!(matches!(
+            WalLog::open(Arc::new(mem.clone()), Path::new("/m/other"), beginning),
+            Err(WalError::Missing { .. })
+        ));
+    }
+
+    #[test]
+    fn released_segments_are_purged_and_the_rest_still_opens() {
+        let (mem, disk) = mem();
+        let mut log = WalLog::create_with(disk, dir(), &metadata(), SMALL).unwrap();
+        for index in 1..=60 {
+            log.append(&[entry(1, index, 500)], Some(&state(1, index))).unwrap();
+        }
+        log.sync().unwrap();
+        log.save_snapshot(&snapshot(50, 1)).unwrap();
+        let before = segments(&mem);
+        assert_eq!(purge(&mem, dir(), 1).unwrap(), Vec::<PathBuf>::new());
+        log.release_to(50);
+        assert_eq!(purge(&mem, dir(), 0).unwrap(), Vec::<PathBuf>::new());
+        assert_eq!(purge(&mem, dir(), before.len() - 1).unwrap(), [dir().join(&before[0])]);
+        purge(&mem, dir(), 1).unwrap();
+        let left: Vec<_> =
+            segments(&mem).iter().map(|name| SegmentName::parse(name).unwrap()).collect();
+        assert!(left.len() < before.len() && left[0].index <= 50 && left[1].index > 46);
+        drop(log);
+
+        let (mut log, recovered) =
+            WalLog::open_with(Arc::new(mem.clone()), dir(), SMALL, newest).unwrap();
+        assert_eq!(recovered.start, snapshot(50, 1));
+        assert_eq!(recovered.entries.first().unwrap().index, 51);
+        assert_eq!(recovered.last_index, 60);
+        log.append(&[entry(1, 61, 5)], None).unwrap();
+        log.close().unwrap();
+        assert!(matches!(reopen(&mem), Err(WalError::Segments { .. })));
+        let read = read(&mem, dir(), newest).unwrap();
+        assert_eq!(read.last_index, 61);
+    }
+
+    #[test]
+    fn a_tail_cut_anywhere_is_repaired_with_a_copy() {
+        let (mem, disk) = mem();
+        let mut log = WalLog::create_with(disk, dir(), &metadata(), SMALL).unwrap();
+        log.append(&[entry(1, 1, 20), entry(1, 2, 700)], Some(&state(1, 1))).unwrap();
+        log.sync().unwrap();
+        let sound = log.tail_at;
+        log.append(&[entry(1, 3, 600)], None).unwrap();
+        log.sync().unwrap();
+        let end = log.tail_at;
+        drop(log);
+        let path = dir().join(&segments(&mem)[0]);
+        for cut in sound + 1..end {
+            let mem = mem.crash(1);
+            mem.open(&path, Open::Write).unwrap().set_size(cut).unwrap();
+            let looked_at = read(&mem, dir(), beginning).unwrap();
+            assert_eq!(looked_at.torn, Some(Torn { segment: path.clone(), at: sound, copy: None }));
+            let (mut log, recovered) = reopen(&mem).unwrap();
+            assert_eq!(recovered.last_index, 2, "cut at {cut}");
+            let copy = recovered.torn.unwrap().copy.unwrap();
+            assert_eq!(mem.open(&copy, Open::Read).unwrap().size().unwrap(), cut);
+            log.append(&[entry(2, 3, 30)], None).unwrap();
+            log.close().unwrap();
+            let (_, recovered) = reopen(&mem).unwrap();
+            assert_eq!((recovered.last_index, recovered.torn), (3, None));
+            assert_eq!(recovered.entries[2], entry(2, 3, 30));
+        }
+    }
+
+    #[test]
+    fn a_flipped_bit_is_refused_by_file_and_offset_and_nothing_is_changed() {
+        let (mem, disk) = mem();
+        let mut log = WalLog::create_with(disk, dir(), &metadata(), SMALL).unwrap();
+        for index in 1..=40 {
+            log.append(&[entry(1, index, 400)], Some(&state(1, index))).unwrap();
+        }
+        log.sync().unwrap();
+        drop(log);
+        let names = segments(&mem);
+        for name in &names {
+            let mem = mem.crash(1);
+            let path = dir().join(name);
+            let file = mem.open(&path, Open::Write).unwrap();
+            let mut byte = [0];
+            file.read_at(&mut byte, 300).unwrap();
+            file.write_at(&[byte[0] ^ 4], 300).unwrap();
+            drop(file);
+            let changes = mem.changes();
+            let error = reopen(&mem).unwrap_err();
+            assert!(matches!(
+                &error,
+                WalError::Corrupt { path: at_path, at, damage: Damage::Crc { .. } }
+                    if *at_path == path && *at < 300
+            ));
+            assert!(error.to_string().starts_with(&format!("/m/wal/{name} is corrupt at byte ")));
+            assert_eq!(mem.changes(), changes);
+        }
+        // A missing segment.
+        mem.remove_file(&dir().join(&names[1])).unwrap();
+        assert!(matches!(reopen(&mem), Err(WalError::Segments { .. } | WalError::Corrupt { .. })));
+    }
+
+    #[test]
+    fn old_bytes_behind_the_end_never_come_back() {
+        let (mem, disk) = mem();
+        let mut log = WalLog::create_with(disk, dir(), &metadata(), SMALL).unwrap();
+        log.append(&[entry(1, 1, 8)], None).unwrap();
+        log.sync().unwrap();
+        let end = log.tail_at;
+        let path = log.tail().path.clone();
+        drop(log);
+        mem.open(&path, Open::Write).unwrap().write_at(&[0xEE; 64], end + 64).unwrap();
+        let (log, recovered) = reopen(&mem).unwrap();
+        assert_eq!((recovered.last_index, recovered.torn), (1, None));
+        assert!(only_zeros(log.tail(), end).unwrap());
+        assert_eq!(log.tail().file.size().unwrap(), SMALL.segment_bytes);
+    }
+
+    /// A seeded run of appends, syncs, snapshots.
+    struct Run {
+        /// All that was appended.
+        entries: Vec<raftpb::Entry>,
+        /// Those that a sync covers.
+        synced: Vec<raftpb::Entry>,
+        /// The last one appended.
+        state: raftpb::HardState,
+        error: Option<WalError>,
+    }
+
+    fn run(disk: SharedDisk, seed: u64, steps: usize) -> Run {
+        let mut random = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+        let mut next = |bound: u64| {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            random % bound
+        };
+        let mut run = Run { entries: vec![], synced: vec![], state: state(1, 0), error: None };
+        let mut log = match WalLog::create_with(disk, dir(), &metadata(), SMALL) {
+            Ok(log) => log,
+            Err(error) => return Run { error: Some(error), ..run },
+        };
+        let mut term = 1;
+        for _ in 0..steps {
+            let outcome = match next(10) {
+                0..=5 => {
+                    let mut batch = Vec::new();
+                    for _ in 0..1 + next(4) {
+                        let index = run.entries.len() as u64 + 1;
+                        let entry = entry(term, index, next(700) as usize);
+                        run.entries.push(entry.clone());
+                        batch.push(entry);
+                    }
+                    log.append(&batch, None)
+                }
+                6 => {
+                    term += 1;
+                    log.append(&[], Some(&state(term, run.state.commit)))
+                }
+                7..=8 => log.sync().map(|_| ()),
+                _ => match run.synced.last() {
+                    Some(last) => {
+                        let (index, term_of_last) = (last.index, last.term);
+                        run.state = state(term, index);
+                        log.append(&[], Some(&state(term, index)))
+                            .and_then(|()| log.save_snapshot(&snapshot(index, term_of_last)))
+                            .map(|_| ())
+                    }
+                    None => Ok(()),
+                },
+            };
+            if let Err(error) = outcome {
+                // From now on it is the same error for everything.
+                let again = log.sync().unwrap_err();
+                assert_eq!(again.to_string(), error.to_string());
+                assert_eq!(log.append(&[], None).unwrap_err().to_string(), error.to_string());
+                run.error = Some(error);
+                return run;
+            }
+            if !log.sync_needed() {
+                run.synced = run.entries.clone();
+            }
+        }
+        run
+    }
+
+    /// Everything synced is there, and everything else that is there was appended.
+    fn check(disk: &MemDisk, run: &Run, what: &str) {
+        let opened = match reopen(disk) {
+            Ok(opened) => opened,
+            Err(error) => {
+                assert!(
+                    matches!(error, WalError::Missing { .. }) && run.synced.is_empty(),
+                    "{what}: {error}"
+                );
+                return;
+            }
+        };
+        let (mut log, recovered) = opened;
+        let n = recovered.entries.len();
+        assert!(n >= run.synced.len(), "{what}: {n} of {} synced", run.synced.len());
+        assert_eq!(recovered.entries[..], run.entries[..n], "{what}");
+        let next = entry(1000, n as u64 + 1, 2000);
+        log.append(std::slice::from_ref(&next), None).unwrap();
+        log.sync().unwrap();
+        drop(log);
+        // What follows the repaired end is not mixed up with what stood there.
+        let (_, recovered) = reopen(&disk.crash(0)).unwrap();
+        assert_eq!(recovered.entries.last(), Some(&next), "{what}");
+        assert_eq!(recovered.entries.len(), n + 1, "{what}");
+    }
+
+    #[test]
+    fn a_crash_at_any_change_of_the_disk_loses_nothing_acknowledged() {
+        for seed in 1..=3 {
+            let (mem, disk) = mem();
+            let whole = run(disk, seed, 60);
+            assert!(whole.error.is_none());
+            check(&mem.crash(0), &whole, "no fault");
+            let changes = mem.changes();
+            assert!(segments(&mem).len() > 3);
+            for n in 2..changes {
+                let (mem, disk) = self::mem();
+                mem.fail_from(n, Fault::Io);
+                let cut = run(disk, seed, 60);
+                assert!(cut.error.is_some());
+                for crash in [0, 1, 2 + n, 3 + n * 7, 4 + n * 31] {
+                    let what = format!("seed {seed}, change {n}, crash {crash}");
+                    check(&mem.crash(crash), &cut, &what);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_full_disk_poisons_the_log_and_leaves_what_was_synced() {
+        for n in (2..200).step_by(3) {
+            let (mem, disk) = mem();
+            mem.fail_from(n, Fault::NoSpace);
+            let run = run(disk, 4, 60);
+            let Some(error) = &run.error else { continue };
+            assert!(matches!(error, WalError::Io(error) if error.is_full()), "{error}");
+            let text = error.to_string();
+            assert!(text.contains("/m/wal") && text.contains("No space left"), "{text}");
+            mem.heal();
+            check(&mem.crash(n), &run, &format!("change {n}"));
+            // Without a crash as well, once there is room again.
+            check(&mem, &run, &format!("change {n}, no crash"));
+        }
+    }
+
+    #[test]
+    fn the_real_disk_with_segments_prepared_ahead() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = temp.path().join("wal");
+        let options =
+            WalOptions { segment_bytes: 3 << 20, zero_ahead_bytes: 64 << 10, prepare_ahead: true };
+        let disk: SharedDisk = Arc::new(OsDisk);
+        let mut log = WalLog::create_with(Arc::clone(&disk), &dir, &metadata(), options).unwrap();
+        for index in 1..=200 {
+            log.append(&[entry(1, index, 100_000)], Some(&state(1, index))).unwrap();
+            log.sync().unwrap();
+        }
+        assert!(matches!(
+            WalLog::open(Arc::clone(&disk), &dir, beginning),
+            Err(WalError::Locked { .. })
+        ));
+        log.close().unwrap();
+        assert!(disk.list(&dir).unwrap().iter().all(|name| name.ends_with(".wal")));
+        let (log, recovered) = WalLog::open_with(disk, &dir, options, beginning).unwrap();
+        assert_eq!(recovered.last_index, 200);
+        assert!(recovered.entries.iter().all(|e| *e == entry(1, e.index, 100_000)));
+        assert_eq!(log.tail().file.size().unwrap(), 3 << 20);
+    }
+}

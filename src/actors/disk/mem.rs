@@ -447,7 +447,9 @@ impl MemFile {
             match (&outcome, change) {
                 (Ok(()), change) => inode.make(change),
                 (Err(_), Change::Write { at, mut bytes }) => {
-                    bytes.truncate(bytes.len() / 2);
+                    // Systems fail between blocks, not within a sector.
+                    let half = (at + bytes.len() as u64 / 2) / SECTOR_BYTES * SECTOR_BYTES;
+                    bytes.truncate(half.saturating_sub(at) as usize);
                     inode.make(Change::Write { at, bytes });
                 }
                 (Err(_), Change::Size(_)) => {}
