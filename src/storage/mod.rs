@@ -8,6 +8,8 @@ use std::sync::Arc;
 
 use crate::actors::disk::{Disk, LockKind, Open};
 
+pub mod lock;
+pub mod snap_dir;
 pub mod wal_log;
 
 /// An operation that the operating system refused.
