@@ -3,10 +3,13 @@
 
 pub mod alarm;
 pub mod apply;
+pub mod bbolt;
 pub mod command;
 pub mod event;
 pub mod lease;
 pub mod membership;
 pub mod mvcc;
 pub mod quota;
+pub mod snap;
 pub mod types;
+pub mod wal;

@@ -1,0 +1,3 @@
+//! Shells: each owns one core value and one resource.
+
+pub mod disk;
