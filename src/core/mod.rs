@@ -10,6 +10,7 @@ pub mod lease;
 pub mod membership;
 pub mod mvcc;
 pub mod quota;
+pub mod raft;
 pub mod snap;
 pub mod types;
 pub mod wal;
