@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use super::slot::parse_bool;
+
 macro_rules! gates {
     ($($(#[$doc:meta])* $name:ident = $stage:ident, $default:literal;)+) => {
         /// One switch.
@@ -75,6 +77,11 @@ impl Gate {
     pub fn from_name(name: &str) -> Option<Self> {
         Gate::ALL.iter().copied().find(|gate| gate.name() == name)
     }
+
+    /// Whether it stands for all gates of a stage.
+    fn is_group(self) -> bool {
+        matches!(self, Gate::AllAlpha | Gate::AllBeta)
+    }
 }
 
 /// Which gates are on.
@@ -107,8 +114,94 @@ impl FeatureGates {
     }
 }
 
+impl FeatureGates {
+    /// Reads `A=true,B=false`. `AllAlpha` and `AllBeta` set the gates of their stage that the same
+    /// text does not set by name, wherever in the text they stand.
+    ///
+    /// # Errors
+    /// etcd's words for what is wrong; nothing is set then.
+    pub fn set_text(&mut self, text: &str) -> Result<(), String> {
+        let mut named = Vec::new();
+        for item in text.split(',').filter(|item| !item.is_empty()) {
+            let (name, value) = match item.split_once('=') {
+                Some((name, value)) => (name.trim(), value.trim()),
+                None => return Err(format!("missing bool value for {}", item.trim())),
+            };
+            let on = parse_bool(value).ok_or_else(|| {
+                format!(
+                    "invalid value of {name}={value}, err: strconv.ParseBool: parsing {value:?}: \
+                     invalid syntax"
+                )
+            })?;
+            let gate = Gate::from_name(name)
+                .ok_or_else(|| format!("unrecognized feature gate: {name}"))?;
+            named.push((gate, on));
+        }
+        for &(gate, on) in &named {
+            let stage = match gate {
+                Gate::AllAlpha => Stage::Alpha,
+                Gate::AllBeta => Stage::Beta,
+                _ => continue,
+            };
+            for &other in Gate::ALL.iter().filter(|g| !g.is_group() && g.stage() == stage) {
+                self.set(other, on);
+            }
+        }
+        for (gate, on) in named {
+            self.set(gate, on);
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Display for FeatureGates {
+    /// The gates that are not at their default, as `--feature-gates` takes them.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let changed = Gate::ALL.iter().filter(|&&g| self.enabled(g) != g.default());
+        for (n, &gate) in changed.enumerate() {
+            let comma = if n == 0 { "" } else { "," };
+            write!(f, "{comma}{}={}", gate.name(), self.enabled(gate))?;
+        }
+        Ok(())
+    }
+}
+
 impl fmt::Debug for FeatureGates {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_map().entries(Gate::ALL.iter().map(|&g| (g.name(), self.enabled(g)))).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_named_gate_stands_above_its_stage() {
+        let mut gates = FeatureGates::default();
+        assert_eq!(gates.to_string(), "");
+        gates.set_text("LeaseCheckpoint=false,AllAlpha=1,FastLeaseKeepAlive=f").unwrap();
+        assert!(gates.enabled(Gate::PriorityRequest));
+        assert!(!gates.enabled(Gate::LeaseCheckpoint));
+        assert!(!gates.enabled(Gate::FastLeaseKeepAlive));
+        assert!(gates.enabled(Gate::TxnModeWriteWithSharedBuffer));
+        assert!(!gates.enabled(Gate::AllBeta));
+    }
+
+    #[test]
+    fn errors_are_those_of_etcd() {
+        for (text, error) in [
+            ("Nope=true", "unrecognized feature gate: Nope"),
+            ("LeaseCheckpoint", "missing bool value for LeaseCheckpoint"),
+            (
+                "LeaseCheckpoint=yes",
+                "invalid value of LeaseCheckpoint=yes, err: strconv.ParseBool: parsing \"yes\": \
+                 invalid syntax",
+            ),
+        ] {
+            let mut gates = FeatureGates::default();
+            assert_eq!(gates.set_text(text), Err(error.to_owned()));
+            assert_eq!(gates, FeatureGates::default());
+        }
     }
 }

@@ -1,23 +1,35 @@
 //! What an operator can set: etcd's flags, `ETCD_*` variables and configuration file, and the few
 //! settings of our own under the same rules.
 //!
-//! `flags` is the one table of all flags; parsing, `--help`, the variables' names and the file's
+//! [`flags`] is the one table of all flags; parsing, `--help`, the variables' names and the file's
 //! keys come from it. The way of a setting: text is parsed into [`Config`] (by [`load`] from the
 //! command line and the environment, or by [`file`] from YAML), then [`validate`] holds the rules
-//! between fields and derives what depends on several of them, then [`support`] refuses what this
+//! between fields and derives what depends on several of them, then `support` refuses what this
 //! release cannot do yet. A `Config` that [`load`] answers has passed all of it: zeros that stand for
 //! a default are replaced, so its users take every field at its word.
 
 pub mod duration;
+pub mod error;
+pub mod file;
+pub mod flags;
 pub mod gates;
+pub mod help;
+pub mod load;
+pub mod notice;
+pub mod slot;
+mod support;
 pub mod types;
 pub mod url;
+pub mod validate;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use error::{ConfigError, Telling};
 pub use gates::{FeatureGates, Gate};
+pub use load::{Asked, Surroundings, load};
+pub use notice::Notice;
 pub use types::{
     AuthToken, ClusterState, CompactionMode, EngineKind, JwtOptions, LogFormat, LogLevel,
     LogOutput, MetricsDetail, Origins, Retention, Rotation,

@@ -112,27 +112,22 @@ impl Retention {
     /// # Errors
     /// What is wrong with the text.
     pub fn parse(mode: CompactionMode, text: &str) -> Result<Self, String> {
-        let digits = text.strip_prefix('+').unwrap_or(text);
-        let nanos = if digits.bytes().all(|b| b.is_ascii_digit()) && !digits.is_empty() {
-            let number: i64 = digits
-                .parse()
-                .map_err(|_| format!("strconv.Atoi: parsing {text:?}: value out of range"))?;
-            match mode {
+        let number = match text.parse::<i64>() {
+            Ok(number @ 0..) => match mode {
                 CompactionMode::Revision => number,
                 CompactionMode::Periodic => number
                     .checked_mul(3_600_000_000_000)
                     .ok_or_else(|| format!("{text} hours are more than a duration can hold"))?,
-            }
-        } else {
-            duration::parse(text)?.0
+            },
+            _ => duration::parse(text)?.0,
         };
-        match (mode, nanos) {
+        match (mode, number) {
             (_, 0) => Ok(Retention::Off),
             (_, ..0) => Err(format!("{text} is negative")),
             (CompactionMode::Periodic, _) => {
-                Ok(Retention::Period(Duration::from_nanos(nanos.unsigned_abs())))
+                Ok(Retention::Period(Duration::from_nanos(number.unsigned_abs())))
             }
-            (CompactionMode::Revision, _) => Ok(Retention::Revisions(nanos)),
+            (CompactionMode::Revision, _) => Ok(Retention::Revisions(number)),
         }
     }
 }
@@ -224,4 +219,97 @@ pub struct JwtOptions {
     pub pub_key: PathBuf,
     pub priv_key: PathBuf,
     pub ttl: Duration,
+}
+
+impl AuthToken {
+    /// Reads the option: empty, `simple`, or `jwt` with options behind commas.
+    ///
+    /// # Errors
+    /// What is wrong, in words of our own: etcd says only that the options are invalid.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let mut parts = text.split(',');
+        let kind = parts.next().unwrap_or_default();
+        let mut options: Vec<(&str, &str)> = Vec::new();
+        for part in parts {
+            let (name, value) = match part.split_once('=') {
+                Some((name, value)) if !value.contains('=') => (name, value),
+                _ => return Err(format!("option {part:?} has not the form name=value")),
+            };
+            if options.iter().any(|(other, _)| *other == name) {
+                return Err(format!("option {name:?} is given twice"));
+            }
+            options.push((name, value));
+        }
+        let option = |name: &str| options.iter().find(|(n, _)| *n == name).map(|(_, v)| *v);
+        match kind {
+            "" => Ok(AuthToken::None),
+            "simple" => Ok(AuthToken::Simple),
+            "jwt" => {
+                let sign_method = option("sign-method").ok_or("jwt needs sign-method")?;
+                if !SIGN_METHODS.contains(&sign_method) {
+                    return Err(format!("unknown sign-method {sign_method:?}"));
+                }
+                let ttl = match option("ttl") {
+                    None => Duration::from_secs(300),
+                    Some(text) => match duration::parse(text)?.to_std() {
+                        Some(ttl) if !ttl.is_zero() => ttl,
+                        _ => return Err(format!("ttl must be >0 (set to {text})")),
+                    },
+                };
+                Ok(AuthToken::Jwt(JwtOptions {
+                    sign_method: sign_method.to_owned(),
+                    pub_key: option("pub-key").unwrap_or_default().into(),
+                    priv_key: option("priv-key").unwrap_or_default().into(),
+                    ttl,
+                }))
+            }
+            _ => Err(format!("unknown token type {kind:?}")),
+        }
+    }
+}
+
+const SIGN_METHODS: [&str; 13] = [
+    "HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256",
+    "ES384", "ES512", "EdDSA",
+];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retention_is_read_by_mode() {
+        use CompactionMode::{Periodic, Revision};
+        let hour = Duration::from_secs(3600);
+        for (mode, text, retention) in [
+            (Periodic, "0", Retention::Off),
+            (Periodic, "0s", Retention::Off),
+            (Periodic, "2", Retention::Period(2 * hour)),
+            (Periodic, "90m", Retention::Period(hour + hour / 2)),
+            (Revision, "1000", Retention::Revisions(1000)),
+            (Revision, "1us", Retention::Revisions(1000)),
+        ] {
+            assert_eq!(Retention::parse(mode, text), Ok(retention), "{text}");
+        }
+        for text in ["", "-1", "-5m", "x", "9223372036854775807", "99999999999999999999"] {
+            assert!(Retention::parse(Periodic, text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn auth_tokens() {
+        assert_eq!(AuthToken::parse(""), Ok(AuthToken::None));
+        assert_eq!(AuthToken::parse("simple"), Ok(AuthToken::Simple));
+        let jwt = AuthToken::parse("jwt,sign-method=RS256,pub-key=a,ttl=10m").unwrap();
+        let expected = JwtOptions {
+            sign_method: "RS256".to_owned(),
+            pub_key: "a".into(),
+            priv_key: PathBuf::new(),
+            ttl: Duration::from_secs(600),
+        };
+        assert_eq!(jwt, AuthToken::Jwt(expected));
+        for text in ["jwt", "jwt,sign-method=X", "jwt,sign-method", "oidc", "simple,a=1,a=2"] {
+            assert!(AuthToken::parse(text).is_err(), "{text}");
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! URLs of members and clients: text kept as it was written, for IDs are computed from it.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use super::types::words;
@@ -150,15 +150,7 @@ impl Url {
 
     /// The host if it is an address and not a name.
     pub fn ip(&self) -> Option<IpAddr> {
-        // A zone (`fe80::1%eth0`) says on which link the address is, not which address it is.
-        let (address, zone) = match self.name.split_once('%') {
-            Some((address, _)) => (address, true),
-            None => (self.name.as_str(), false),
-        };
-        if zone {
-            return address.parse::<Ipv6Addr>().ok().map(IpAddr::V6);
-        }
-        address.parse().ok()
+        self.name.parse().ok()
     }
 
     /// The file of a client's unix URL: host and path, so that `unix://name:0` is a file in the
@@ -171,12 +163,13 @@ impl Url {
         })
     }
 
-    /// The same URL with another host name.
-    #[must_use]
-    pub fn with_host_name(&self, name: &str) -> Self {
-        let name = if name.contains(':') { format!("[{name}]") } else { name.to_owned() };
-        Url::parse(&format!("{}://{name}:{}", self.scheme, self.port))
-            .expect("a scheme, a host name and a port make a URL")
+    /// The URL of a host, by name or address, and a port.
+    ///
+    /// # Panics
+    /// If `host` cannot stand in a URL.
+    pub fn new(scheme: Scheme, host: &str, port: u16) -> Self {
+        let host = if host.contains(':') { format!("[{host}]") } else { host.to_owned() };
+        Url::parse(&format!("{scheme}://{host}:{port}")).expect("a host and a port make a URL")
     }
 }
 
@@ -321,6 +314,6 @@ mod tests {
     fn lists_are_sorted_and_hold_each_url_once() {
         let urls = Url::parse_list("http://b:1,http://a:2, http://b:1,http://a:1").unwrap();
         assert_eq!(join(&urls), "http://a:1,http://a:2,http://b:1");
-        assert_eq!(urls[0].with_host_name("::2").as_str(), "http://[::2]:1");
+        assert_eq!(Url::new(Scheme::Https, "::2", 1).as_str(), "https://[::2]:1");
     }
 }
