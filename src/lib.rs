@@ -3,5 +3,6 @@
 //! Dependencies point one way: `core` (pure) ← `actors` ← `transport` ← the daemon. See ARCHITECTURE.md.
 
 pub mod actors;
+pub mod config;
 pub mod core;
 pub mod storage;
