@@ -3,3 +3,4 @@
 //! Dependencies point one way: `core` (pure) ← `actors` ← `transport` ← the daemon. See ARCHITECTURE.md.
 
 pub mod core;
+pub mod metrics;
