@@ -277,3 +277,81 @@ impl<M: Deref<Target = Metrics>> Drop for GrpcCall<M> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn value(page: &str, series: &str) -> Option<f64> {
+        let line =
+            page.lines().find(|l| l.strip_prefix(series).is_some_and(|r| r.starts_with(' ')))?;
+        line.rsplit_once(' ')?.1.parse().ok()
+    }
+
+    #[test]
+    fn a_path_names_its_method_and_no_other() {
+        for method in Method::ALL {
+            let (service, name, _) = method.parts();
+            assert_eq!(Method::from_path(&format!("/{service}/{name}")), Some(*method));
+        }
+        for path in
+            ["", "/", "/etcdserverpb.KV/range", "etcdserverpb.KV/Range", "/etcdserverpb.KV/"]
+        {
+            assert_eq!(Method::from_path(path), None, "{path}");
+        }
+    }
+
+    #[test]
+    fn a_finished_call_is_counted_with_its_messages_and_code() {
+        let metrics = Metrics::new();
+        let call = GrpcCall::start(Method::Range, &metrics);
+        call.received(10);
+        call.sent(25);
+        call.finish(Code::Ok);
+        let page = metrics.render();
+        let labels = "grpc_method=\"Range\",grpc_service=\"etcdserverpb.KV\",grpc_type=\"unary\"";
+        for (series, expected) in [
+            (format!("grpc_server_started_total{{{labels}}}"), 1.0),
+            (format!("grpc_server_msg_received_total{{{labels}}}"), 1.0),
+            (format!("grpc_server_msg_sent_total{{{labels}}}"), 1.0),
+            (format!("grpc_server_handled_total{{grpc_code=\"OK\",{labels}}}"), 1.0),
+            (format!("grpc_server_handled_total{{grpc_code=\"Canceled\",{labels}}}"), 0.0),
+            ("etcd_network_client_grpc_received_bytes_total".into(), 10.0),
+            ("etcd_network_client_grpc_sent_bytes_total".into(), 25.0),
+        ] {
+            assert_eq!(value(&page, &series), Some(expected), "{series}");
+        }
+        assert!(!page.contains("grpc_server_handling_seconds"), "calls are not timed by default");
+    }
+
+    #[test]
+    fn a_dropped_call_was_canceled_and_a_lock_appears_with_its_first_call() {
+        let metrics = Metrics::new();
+        assert!(!metrics.render().contains("v3lockpb.Lock"));
+        drop(GrpcCall::start(Method::Lock, &metrics));
+        let page = metrics.render();
+        let labels = "grpc_method=\"Lock\",grpc_service=\"v3lockpb.Lock\",grpc_type=\"unary\"";
+        let series = format!("grpc_server_handled_total{{grpc_code=\"Canceled\",{labels}}}");
+        assert_eq!(value(&page, &series), Some(1.0));
+        assert!(!page.contains("v3electionpb.Election"));
+    }
+
+    #[test]
+    fn extensive_metrics_time_calls_and_show_all_methods_at_once() {
+        let metrics = Metrics::new();
+        metrics.time_grpc_calls();
+        GrpcCall::start(Method::Put, &metrics).finish(Code::Unavailable);
+        let page = metrics.render();
+        let count = |method: &str, service: &str| {
+            value(
+                &page,
+                &format!(
+                    "grpc_server_handling_seconds_count{{grpc_method=\"{method}\",grpc_service=\"{service}\",grpc_type=\"unary\"}}"
+                ),
+            )
+        };
+        assert_eq!(count("Put", "etcdserverpb.KV"), Some(1.0));
+        assert_eq!(count("Range", "etcdserverpb.KV"), Some(0.0));
+        assert_eq!(count("Lock", "v3lockpb.Lock"), None);
+    }
+}

@@ -21,7 +21,7 @@ use parking_lot::RwLock;
 use rustc_hash::FxHashMap;
 
 pub use grpc::{GrpcCall, Method, StreamKind};
-pub use process::OpenFiles;
+pub use process::{OpenFiles, resident_bytes};
 pub use registry::{CounterVec, FloatCounter, GaugeVec, HistogramVec};
 
 use registry::{Registry, exponential};
@@ -546,5 +546,79 @@ impl RequestKind {
             RequestKind::AuthStatus | RequestKind::Unknown => "unknown",
             kind => kind.request_type(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_apply_of_unknown_kind_is_written_small_and_auth_status_has_no_name() {
+        let metrics = Metrics::new();
+        metrics.request_seconds(RequestKind::Unknown, true).record(0.5);
+        metrics.request_seconds(RequestKind::AuthStatus, true).record(0.5);
+        metrics.apply_seconds(RequestKind::AuthStatus, false).record(0.5);
+        metrics.apply_seconds(RequestKind::Put, true).record(0.5);
+        metrics.apply_seconds(RequestKind::Put, true).record(0.5);
+        metrics.range_seconds(true).record(0.5);
+        let page = metrics.render();
+        for line in [
+            "etcd_server_request_duration_seconds_count{success=\"true\",type=\"Unknown\"} 1",
+            "etcd_server_request_duration_seconds_count{success=\"true\",type=\"AuthStatus\"} 1",
+            "etcd_server_apply_duration_seconds_count{op=\"unknown\",success=\"false\",version=\"v3\"} 1",
+            "etcd_server_apply_duration_seconds_count{op=\"Put\",success=\"true\",version=\"v3\"} 2",
+            "etcd_server_range_duration_seconds_count{success=\"true\"} 1",
+        ] {
+            assert!(page.lines().any(|l| l == line), "{line}");
+        }
+    }
+
+    #[test]
+    fn clients_cannot_fill_the_page_with_versions() {
+        let metrics = Metrics::new();
+        for i in 0..CLIENT_VERSIONS_MAX + 5 {
+            metrics.count_client_request(false, Some(&format!("9.{i}")));
+        }
+        metrics.count_client_request(false, Some("9.0"));
+        metrics.count_client_request(true, Some("9.0"));
+        metrics.count_client_request(true, None);
+        metrics.count_client_request(true, Some("unknown"));
+        let page = metrics.render();
+        let name = "etcd_server_client_requests_total";
+        for line in [
+            format!("{name}{{client_api_version=\"9.0\",type=\"unary\"}} 2"),
+            format!("{name}{{client_api_version=\"9.0\",type=\"stream\"}} 1"),
+            format!("{name}{{client_api_version=\"unknown\",type=\"unary\"}} 5"),
+            format!("{name}{{client_api_version=\"unknown\",type=\"stream\"}} 2"),
+        ] {
+            assert!(page.lines().any(|l| l == line), "{line}");
+        }
+    }
+
+    #[test]
+    fn the_series_of_a_peer_are_there_before_anything_happens() {
+        let metrics = Metrics::new();
+        let peer = metrics.peer("a", "b");
+        peer.sent_bytes.increment(7);
+        let page = metrics.render();
+        for line in [
+            "etcd_network_active_peers{Local=\"a\",Remote=\"b\"} 0",
+            "etcd_network_disconnected_peers_total{Local=\"a\",Remote=\"b\"} 0",
+            "etcd_network_peer_sent_bytes_total{To=\"b\"} 7",
+            "etcd_network_peer_received_bytes_total{From=\"b\"} 0",
+            "etcd_network_peer_sent_failures_total{To=\"b\"} 0",
+            "etcd_network_peer_round_trip_time_seconds_count{To=\"b\"} 0",
+        ] {
+            assert!(page.lines().any(|l| l == line), "{line}");
+        }
+    }
+
+    #[test]
+    fn the_global_set_takes_what_the_macros_of_the_facade_count() {
+        let metrics = Metrics::global();
+        metrics::counter!("quorate_test_macro_total").increment(3);
+        assert!(metrics.render().contains("\nquorate_test_macro_total 3\n"));
+        assert!(std::ptr::eq(metrics, Metrics::global()));
     }
 }

@@ -31,6 +31,12 @@ impl OpenFiles {
     }
 }
 
+/// Memory of this process in RAM, in bytes; 0 if /proc does not tell.
+pub fn resident_bytes() -> u64 {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    status_field(&status, "VmRSS:").map_or(0, |kib| kib as u64 * 1024)
+}
+
 impl Metrics {
     /// Reads the process's numbers. One that the system does not tell keeps its last value.
     pub(super) fn refresh_process(&self) {
