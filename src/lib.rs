@@ -5,4 +5,6 @@
 pub mod actors;
 pub mod config;
 pub mod core;
+pub mod metrics;
 pub mod storage;
+pub mod transport;

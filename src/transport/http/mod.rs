@@ -1,0 +1,3 @@
+//! Plain HTTP on the client, peer and metrics ports.
+
+pub mod status;

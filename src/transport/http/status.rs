@@ -1,0 +1,494 @@
+//! What a plain HTTP client can ask about this member: version, health, metrics, variables
+//! (operations 3.1 and 3.2); and what every HTTP request on a client port passes first.
+//!
+//! The gRPC server is not behind any of this. All futures here are `Send` and none is spawned, so
+//! that the routers run on a single-threaded runtime as on any other.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::future::Future;
+use std::io::Write as _;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::{Request, State};
+use axum::middleware::{self, Next};
+use axum::response::Response;
+use axum::routing::any;
+use http::header::{
+    ACCEPT_ENCODING, ACCESS_CONTROL_ALLOW_HEADERS, ACCESS_CONTROL_ALLOW_METHODS,
+    ACCESS_CONTROL_ALLOW_ORIGIN, ALLOW, CONTENT_ENCODING, CONTENT_TYPE, HOST, ORIGIN,
+    X_CONTENT_TYPE_OPTIONS,
+};
+use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
+use quorate_proto::etcdserverpb::AlarmType;
+
+use crate::core::types::MemberId;
+use crate::metrics::{Metrics, OpenFiles, resident_bytes};
+
+/// What these pages need of the member that they describe.
+pub trait Member: Send + Sync {
+    /// The release whose behaviour this server has, as `3.7.1`.
+    fn server_version(&self) -> String;
+
+    /// The version that the cluster runs at, as `3.7.0`; `None` until it is decided.
+    fn cluster_version(&self) -> Option<String>;
+
+    /// The version of the storage schema, as `3.7.0`; `None` until it is known.
+    fn storage_version(&self) -> Option<String>;
+
+    /// The active alarms of all members.
+    fn alarms(&self) -> Vec<AlarmType>;
+
+    /// The leader that this member knows of.
+    fn leader(&self) -> Option<MemberId>;
+
+    /// Whether this member is a learner.
+    fn is_learner(&self) -> bool;
+
+    /// Whether users and roles are enforced.
+    fn auth_enabled(&self) -> bool;
+
+    /// Reads one key without its value, with root's rights, from the local store if `serializable`,
+    /// else after a read index round. Ends within the request timeout; its error is shown as it is.
+    fn read(&self, serializable: bool) -> ReadFuture;
+
+    /// The object `raft.status` of `/debug/vars`: id, term, vote, commit, lead, raftState, applied,
+    /// progress (id → match, next, state; on a leader), leadtransferee. IDs are hex strings.
+    fn raft_status(&self) -> serde_json::Value;
+
+    /// The program's arguments, its name first.
+    fn cmdline(&self) -> Vec<String>;
+}
+
+/// The end of a read by [`Member::read`].
+pub type ReadFuture = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
+
+/// The subject of a page.
+#[derive(Clone)]
+struct Subject {
+    member: Arc<dyn Member>,
+    metrics: &'static Metrics,
+}
+
+/// Answers `/version`, `/debug/vars` and all of [`metrics_router`]; others with 404. Meant to be merged
+/// with what else a client port serves, then wrapped by [`ClientRules::guard`].
+pub fn client_router(member: Arc<dyn Member>, metrics: &'static Metrics) -> Router {
+    let subject = Subject { member: member.clone(), metrics };
+    Router::new()
+        .route("/version", any(version))
+        .route("/debug/vars", any(variables))
+        .with_state(subject)
+        .merge(metrics_router(member, metrics))
+}
+
+/// Answers what a port of listen-metrics-urls serves: `/metrics`, `/health`, `/livez`, `/readyz`;
+/// others with 404.
+pub fn metrics_router(member: Arc<dyn Member>, metrics: &'static Metrics) -> Router {
+    let mut router = Router::new().route("/metrics", any(scrape)).route("/health", any(health));
+    for probe in [Probe::Livez, Probe::Readyz] {
+        let root = format!("/{}", probe.name());
+        for check in probe.checks() {
+            let path = format!("{root}/{}", check.name());
+            let run = move |State(subject): State<Subject>, request: Request| async move {
+                probe_page(subject, request, probe, &[*check]).await
+            };
+            router = router.route(&path, any(run));
+        }
+        let run = move |State(subject): State<Subject>, request: Request| async move {
+            let excluded = query_values(request.uri(), "exclude");
+            let checks = probe.checks();
+            for name in excluded.iter().filter(|n| checks.iter().all(|c| c.name() != n.as_str())) {
+                tracing::warn!(path = probe.name(), check = %name, "no such health check to exclude");
+            }
+            let left: Vec<_> =
+                checks.iter().copied().filter(|c| excluded.iter().all(|n| n != c.name())).collect();
+            probe_page(subject, request, probe, &left).await
+        };
+        router = router.route(&root, any(run));
+    }
+    router.fallback(not_found).with_state(Subject { member, metrics })
+}
+
+/// A response of plain text as Go's `http.Error` makes it: the message, a newline, and a promise of
+/// the content type.
+pub fn text_error(status: StatusCode, message: &str) -> Response {
+    plain(status, format!("{message}\n"))
+}
+
+/// 405 for a request to a path that only answers `allow`.
+pub fn method_not_allowed(allow: &'static str) -> Response {
+    let mut response = text_error(StatusCode::METHOD_NOT_ALLOWED, "Method Not Allowed");
+    response.headers_mut().insert(ALLOW, HeaderValue::from_static(allow));
+    response
+}
+
+/// 404 for a path that nothing answers.
+pub async fn not_found() -> Response {
+    text_error(StatusCode::NOT_FOUND, "404 page not found")
+}
+
+const PLAIN_TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
+
+fn plain(status: StatusCode, body: String) -> Response {
+    let mut response = page(status, PLAIN_TEXT, body);
+    response.headers_mut().insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    response
+}
+
+fn page(status: StatusCode, content_type: HeaderValue, body: impl Into<Body>) -> Response {
+    let mut response = Response::new(body.into());
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, content_type);
+    response
+}
+
+/// All values of a query parameter, decoded, in order.
+fn query_values(uri: &Uri, name: &str) -> Vec<String> {
+    let query = uri.query().unwrap_or_default();
+    let pairs = url::form_urlencoded::parse(query.as_bytes());
+    pairs.filter(|(key, _)| key == name).map(|(_, value)| value.into_owned()).collect()
+}
+
+/// A JSON string as Go writes it, which also escapes what HTML would read.
+fn json_string(text: &str) -> String {
+    serde_json::Value::from(text)
+        .to_string()
+        .replace('<', "\\u003c")
+        .replace('>', "\\u003e")
+        .replace('&', "\\u0026")
+        .replace('\u{2028}', "\\u2028")
+        .replace('\u{2029}', "\\u2029")
+}
+
+async fn version(State(Subject { member, .. }): State<Subject>, request: Request) -> Response {
+    version_page(&*member, request.method())
+}
+
+/// The answer of `/version`, which the peer port gives as well.
+pub fn version_page(member: &dyn Member, method: &Method) -> Response {
+    if method != Method::GET {
+        return method_not_allowed("GET");
+    }
+    let cluster = member.cluster_version();
+    let storage = member.storage_version();
+    let body = format!(
+        "{{\"etcdserver\":{},\"etcdcluster\":{},\"storage\":{}}}",
+        json_string(&member.server_version()),
+        json_string(cluster.as_deref().unwrap_or("not_decided")),
+        json_string(storage.as_deref().unwrap_or("unknown")),
+    );
+    page(StatusCode::OK, HeaderValue::from_static("application/json"), body)
+}
+
+async fn health(State(subject): State<Subject>, request: Request) -> Response {
+    if request.method() != Method::GET {
+        return method_not_allowed("GET");
+    }
+    let excluded = query_values(request.uri(), "exclude");
+    let serializable = query_values(request.uri(), "serializable");
+    let serializable = serializable.first().is_some_and(|v| v == "true");
+    match ill(&*subject.member, &excluded, serializable).await {
+        None => {
+            subject.metrics.health_success.increment(1);
+            page(StatusCode::OK, PLAIN_TEXT, "{\"health\":\"true\",\"reason\":\"\"}")
+        }
+        Some(reason) => {
+            tracing::warn!(reason, "serving /health false");
+            subject.metrics.health_failures.increment(1);
+            let reason = json_string(&reason);
+            text_error(
+                StatusCode::SERVICE_UNAVAILABLE,
+                &format!("{{\"health\":\"false\",\"reason\":{reason}}}"),
+            )
+        }
+    }
+}
+
+/// Why `/health` is false; `None` if it is true.
+async fn ill(member: &dyn Member, excluded: &[String], serializable: bool) -> Option<String> {
+    let alarms = member.alarms();
+    let alarm = alarms.iter().find(|a| excluded.iter().all(|e| e != a.as_str_name()));
+    match alarm {
+        Some(AlarmType::Nospace) => return Some("ALARM NOSPACE".into()),
+        Some(AlarmType::Corrupt) => return Some("ALARM CORRUPT".into()),
+        Some(AlarmType::None) => return Some("ALARM UNKNOWN".into()),
+        None => {}
+    }
+    if !serializable && member.leader().is_none() {
+        return Some("RAFT NO LEADER".into());
+    }
+    member.read(serializable).await.err().map(|error| format!("RANGE ERROR:{error}"))
+}
+
+/// The two questions of an orchestrator: restart this process? send it requests?
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Probe {
+    Livez,
+    Readyz,
+}
+
+impl Probe {
+    fn name(self) -> &'static str {
+        match self {
+            Probe::Livez => "livez",
+            Probe::Readyz => "readyz",
+        }
+    }
+
+    fn checks(self) -> &'static [Check] {
+        match self {
+            Probe::Livez => &[Check::SerializableRead],
+            Probe::Readyz => &[
+                Check::DataCorruption,
+                Check::SerializableRead,
+                Check::LinearizableRead,
+                Check::NonLearner,
+            ],
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Check {
+    DataCorruption,
+    SerializableRead,
+    LinearizableRead,
+    NonLearner,
+}
+
+impl Check {
+    fn name(self) -> &'static str {
+        match self {
+            Check::DataCorruption => "data_corruption",
+            Check::SerializableRead => "serializable_read",
+            Check::LinearizableRead => "linearizable_read",
+            Check::NonLearner => "non_learner",
+        }
+    }
+
+    async fn run(self, member: &dyn Member) -> Result<(), String> {
+        match self {
+            Check::DataCorruption if member.alarms().contains(&AlarmType::Corrupt) => {
+                Err("alarm activated: CORRUPT".into())
+            }
+            Check::NonLearner if member.is_learner() => Err("not supported for learner".into()),
+            Check::DataCorruption | Check::NonLearner => Ok(()),
+            Check::SerializableRead => member.read(true).await,
+            Check::LinearizableRead => member.read(false).await,
+        }
+    }
+}
+
+async fn probe_page(
+    Subject { member, metrics }: Subject,
+    request: Request,
+    probe: Probe,
+    checks: &[Check],
+) -> Response {
+    if request.method() != Method::GET {
+        return method_not_allowed("GET");
+    }
+    let mut lines = String::new();
+    let mut healthy = true;
+    for check in checks {
+        let labels = [probe.name(), check.name()];
+        let result = check.run(&*member).await;
+        let status = if result.is_ok() { "success" } else { "error" };
+        metrics.healthcheck.with(&labels).set(f64::from(result.is_ok()));
+        metrics.healthchecks.with(&[labels[0], labels[1], status]).increment(1);
+        let _ = match result {
+            Ok(()) => writeln!(lines, "[+]{} ok", check.name()),
+            Err(error) => {
+                healthy = false;
+                writeln!(lines, "[-]{} failed: {error}", check.name())
+            }
+        };
+    }
+    if !healthy {
+        tracing::warn!(path = request.uri().path(), reason = lines, "health check failed");
+        return text_error(StatusCode::SERVICE_UNAVAILABLE, &lines);
+    }
+    if query_values(request.uri(), "verbose").is_empty() {
+        lines.clear();
+    }
+    lines.push_str("ok\n");
+    plain(StatusCode::OK, lines)
+}
+
+async fn scrape(State(Subject { metrics, .. }): State<Subject>, headers: HeaderMap) -> Response {
+    metrics.scrapes_in_flight.increment(1);
+    let body = metrics.render();
+    metrics.scrapes_in_flight.decrement(1);
+    metrics.scrapes.with(&["200"]).increment(1);
+    let content_type = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    if !accepts_gzip(&headers) {
+        return page(StatusCode::OK, content_type, body);
+    }
+    let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    let packed = encoder.write_all(body.as_bytes()).and_then(|()| encoder.finish());
+    let packed = packed.expect("a vector takes every byte");
+    let mut response = page(StatusCode::OK, content_type, packed);
+    response.headers_mut().insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+    response
+}
+
+/// Whether gzip is among the encodings accepted, and not by a weight of zero.
+fn accepts_gzip(headers: &HeaderMap) -> bool {
+    let values = headers.get_all(ACCEPT_ENCODING).iter().filter_map(|v| v.to_str().ok());
+    values.flat_map(|v| v.split(',')).any(|coding| {
+        let mut parts = coding.split(';').map(str::trim);
+        parts.next() == Some("gzip")
+            && parts.all(|p| p.strip_prefix("q=").is_none_or(|q| q.parse() != Ok(0.0)))
+    })
+}
+
+async fn variables(State(Subject { member, .. }): State<Subject>, request: Request) -> Response {
+    if request.method() != Method::GET {
+        return method_not_allowed("GET");
+    }
+    // Go's members of memstats describe its collector; only this one has a meaning here.
+    let memory = serde_json::json!({ "Sys": resident_bytes() });
+    let limit = OpenFiles::count().map_or(0, |files| files.limit);
+    let body = format!(
+        "{{\n\"cmdline\": {},\n\"file_descriptor_limit\": {limit},\n\"memstats\": {memory},\n\"raft.status\": {}\n}}\n",
+        serde_json::Value::from(member.cmdline()),
+        member.raft_status(),
+    );
+    page(StatusCode::OK, HeaderValue::from_static("application/json; charset=utf-8"), body)
+}
+
+/// The common name of a verified client certificate. A listener with TLS, client-cert-auth and the
+/// JSON gateway puts it into the extensions of each request.
+#[derive(Clone, Debug)]
+pub struct CommonName(pub String);
+
+/// What an HTTP request on a client port must pass, gRPC apart.
+pub struct ClientRules {
+    hosts: BTreeSet<String>,
+    origins: BTreeSet<String>,
+    plaintext: bool,
+    member: Arc<dyn Member>,
+}
+
+impl ClientRules {
+    /// `hosts` is host-whitelist and `origins` cors: an empty set, or one with `*`, allows all.
+    /// Hosts are only looked at where `plaintext` says that the listener has no TLS.
+    pub fn new(
+        hosts: impl IntoIterator<Item = String>,
+        origins: impl IntoIterator<Item = String>,
+        plaintext: bool,
+        member: Arc<dyn Member>,
+    ) -> Self {
+        ClientRules {
+            hosts: hosts.into_iter().collect(),
+            origins: origins.into_iter().collect(),
+            plaintext,
+            member,
+        }
+    }
+
+    /// Puts the rules before `router`, so that it sees only what passed, with `/v3beta/` paths
+    /// renamed to `/v3/`.
+    pub fn guard(self, router: Router) -> Router {
+        // As a fallback the router is entered after the path is renamed; a layer on the router
+        // itself would run when the route is already chosen.
+        Router::new()
+            .fallback_service(router)
+            .layer(middleware::from_fn_with_state(Arc::new(self), pass))
+    }
+
+    fn host_allowed(&self, host: &str) -> bool {
+        !self.plaintext || allows(&self.hosts, host)
+    }
+
+    /// What Access-Control-Allow-Origin says to a request.
+    fn origin_allowed(&self, headers: &HeaderMap) -> Option<HeaderValue> {
+        if allows(&self.origins, "*") {
+            return Some(HeaderValue::from_static("*"));
+        }
+        let origin = headers.get(ORIGIN)?;
+        self.origins.contains(origin.to_str().ok()?).then(|| origin.clone())
+    }
+}
+
+fn allows(set: &BTreeSet<String>, value: &str) -> bool {
+    set.is_empty() || set.contains("*") || set.contains(value)
+}
+
+async fn pass(State(rules): State<Arc<ClientRules>>, mut request: Request, next: Next) -> Response {
+    if let Some(uri) = renamed(request.uri()) {
+        *request.uri_mut() = uri;
+    }
+    let host = host_of(&request);
+    if !rules.host_allowed(&host) {
+        tracing::warn!(host, "rejecting HTTP request from host that is not on the whitelist");
+        return text_error(StatusCode::MISDIRECTED_REQUEST, &misdirected(&host));
+    }
+    if request.uri().path().starts_with("/v3/")
+        && request.extensions().get::<CommonName>().is_some_and(|name| !name.0.is_empty())
+        && rules.member.auth_enabled()
+    {
+        return text_error(
+            StatusCode::BAD_REQUEST,
+            "CommonName of client sending a request against gateway will be ignored and not used as expected",
+        );
+    }
+    let origin = rules.origin_allowed(request.headers());
+    let mut response = if request.method() == Method::OPTIONS {
+        Response::new(Body::empty())
+    } else {
+        next.run(request).await
+    };
+    if let Some(origin) = origin {
+        let headers = response.headers_mut();
+        headers.insert(
+            ACCESS_CONTROL_ALLOW_METHODS,
+            HeaderValue::from_static("POST, GET, OPTIONS, PUT, DELETE"),
+        );
+        headers.insert(ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+        headers.insert(
+            ACCESS_CONTROL_ALLOW_HEADERS,
+            HeaderValue::from_static("accept, content-type, authorization"),
+        );
+    }
+    response
+}
+
+/// The same address with a path below `/v3/`, if it was below `/v3beta/`.
+fn renamed(uri: &Uri) -> Option<Uri> {
+    let rest = uri.path_and_query()?.as_str().strip_prefix("/v3beta/")?;
+    let mut parts = uri.clone().into_parts();
+    parts.path_and_query = Some(format!("/v3/{rest}").parse().ok()?);
+    Uri::from_parts(parts).ok()
+}
+
+/// The host that the client asked for, without its port; empty if it named none.
+fn host_of(request: &Request) -> String {
+    let named = match request.uri().authority() {
+        Some(authority) => authority.as_str(),
+        None => match request.headers().get(HOST) {
+            Some(host) => host.to_str().unwrap_or_default(),
+            None => "",
+        },
+    };
+    // As Go splits it: an IPv6 address loses its brackets only together with a port.
+    match named.rsplit_once(':') {
+        Some((host, _)) if host.starts_with('[') && host.ends_with(']') => {
+            host[1..host.len() - 1].to_owned()
+        }
+        Some((host, _)) if !host.contains([':', '[', ']']) => host.to_owned(),
+        _ => named.to_owned(),
+    }
+}
+
+fn misdirected(host: &str) -> String {
+    format!(
+        "\nThe Host header of this request, \"{host}\", is not one that this server answers to.\n\n\
+         Over TLS every host is accepted. Without TLS, add the name that you use to the whitelist,\n\
+         e.g. --host-whitelist \"{host}\".\n\n\
+         The check protects against DNS rebinding (CVE-2018-5702).\n"
+    )
+}
