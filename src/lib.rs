@@ -2,4 +2,5 @@
 //!
 //! Dependencies point one way: `core` (pure) ← `actors` ← `transport` ← the daemon. See ARCHITECTURE.md.
 
+pub mod bench;
 pub mod core;
