@@ -3,6 +3,7 @@
 //! Dependencies point one way: `core` (pure) ← `actors` ← `transport` ← the daemon. See ARCHITECTURE.md.
 
 pub mod actors;
+pub mod bench;
 pub mod config;
 pub mod core;
 pub mod metrics;
