@@ -2,4 +2,5 @@
 //! effects go out, so that the same code runs under the actors and under a simulator.
 
 pub mod event;
+pub mod lease;
 pub mod types;
