@@ -4,3 +4,4 @@
 pub mod event;
 pub mod lease;
 pub mod types;
+pub mod watch;
