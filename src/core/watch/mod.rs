@@ -149,7 +149,8 @@ pub struct Hub {
     /// Where in `ready` the next round begins. It goes up and then starts over, so that a watcher far behind
     /// holds up nobody and is passed over by nobody.
     cursor: i64,
-    blocked: usize,
+    /// Unsynced watchers whose stream has no room, likewise.
+    blocked: BTreeSet<(i64, Slot)>,
     /// Orders blocked watchers: who came first is served first.
     turns: u64,
     timers: BTreeSet<(Uptime, StreamId)>,
@@ -224,7 +225,7 @@ impl<'a> Changes<'a> {
         Changes { events, before: Vec::new() }
     }
 
-    fn to_wire(
+    fn wire(
         &mut self,
         at: u32,
         prev_kv: bool,
@@ -281,7 +282,7 @@ impl Hub {
             synced: Index::new(&mut random),
             ready: BTreeSet::new(),
             cursor: i64::MIN,
-            blocked: 0,
+            blocked: BTreeSet::new(),
             turns: 0,
             timers: BTreeSet::new(),
             out: Vec::new(),
@@ -357,19 +358,23 @@ impl Hub {
                 self.create(stream, create, permission, history, now);
             }
             Some(RequestUnion::CancelRequest(cancel)) => {
-                if self.remove(stream, cancel.watch_id) {
-                    let response = WatchResponse {
-                        header: header(self.current(history)),
-                        watch_id: cancel.watch_id,
-                        canceled: true,
-                        ..Default::default()
-                    };
-                    self.push(stream, response);
-                    self.unblock(stream);
-                }
+                self.cancel(stream, cancel.watch_id, history);
             }
             Some(RequestUnion::ProgressRequest(_)) => self.requested_progress(stream),
             None => {}
+        }
+    }
+
+    fn cancel(&mut self, stream: StreamId, watch_id: i64, history: &dyn History) {
+        if self.remove(stream, watch_id) {
+            let response = WatchResponse {
+                header: header(self.current(history)),
+                watch_id,
+                canceled: true,
+                ..Default::default()
+            };
+            self.push(stream, response);
+            self.unblock(stream);
         }
     }
 
@@ -496,7 +501,7 @@ impl Hub {
             State::Ready => drop(self.ready.remove(&(watcher.next, slot))),
             State::Blocked(turn) => {
                 from.blocked.remove(&(turn, slot));
-                self.blocked -= 1;
+                self.blocked.remove(&(watcher.next, slot));
             }
         }
         if watcher.progress_notify {
@@ -584,7 +589,7 @@ impl Hub {
         watcher.quiet = false;
         let mut events = Vec::with_capacity(watcher.matched.len());
         for at in watcher.matched.drain(..) {
-            events.push(changes.to_wire(at, watcher.prev_kv, history)?);
+            events.push(changes.wire(at, watcher.prev_kv, history)?);
         }
         if watcher.matched.capacity() > 64 {
             watcher.matched = Vec::new();
@@ -643,7 +648,7 @@ impl Hub {
         let watcher = self.watchers[slot as usize].as_mut().expect("blocked while in use");
         self.turns += 1;
         watcher.state = State::Blocked(self.turns);
-        self.blocked += 1;
+        self.blocked.insert((watcher.next, slot));
         let stream = self.streams.get_mut(&watcher.stream).expect("a watcher's stream is open");
         stream.blocked.insert((self.turns, slot));
     }
@@ -655,8 +660,8 @@ impl Hub {
             let Some((_, slot)) = from.blocked.pop_first() else { return };
             let watcher = self.watchers[slot as usize].as_mut().expect("a blocked slot is in use");
             watcher.state = State::Ready;
+            self.blocked.remove(&(watcher.next, slot));
             self.ready.insert((watcher.next, slot));
-            self.blocked -= 1;
         }
     }
 
@@ -770,16 +775,9 @@ impl Hub {
     /// History below `revision` is gone: unsynced watchers that still needed some of it are canceled. Synced
     /// ones have had it all.
     pub fn compacted(&mut self, revision: i64) {
-        let mut lost: Vec<Slot> = Vec::new();
-        lost.extend(self.ready.range(..(revision, 0)).map(|(_, slot)| *slot));
-        if self.blocked > 0 {
-            let blocked = self.streams.values().flat_map(|stream| &stream.blocked);
-            let mut blocked: Vec<(u64, Slot)> = blocked.copied().collect();
-            blocked.sort_unstable(); // a hash map has no order to rely on
-            lost.extend(blocked.into_iter().map(|(_, slot)| slot).filter(|slot| {
-                self.watchers[*slot as usize].as_ref().is_some_and(|w| w.next < revision)
-            }));
-        }
+        let below = ..(revision, 0);
+        let lost = self.ready.range(below).chain(self.blocked.range(below));
+        let lost: Vec<Slot> = lost.map(|(_, slot)| *slot).collect();
         for slot in lost {
             let watcher =
                 self.watchers[slot as usize].as_ref().expect("an unsynced slot is in use");
@@ -881,7 +879,7 @@ impl Hub {
         HubStats {
             streams: self.streams.len(),
             watchers: self.watchers.len() - self.free.len(),
-            slow_watchers: self.ready.len() + self.blocked,
+            slow_watchers: self.ready.len() + self.blocked.len(),
             events_sent: self.events_sent,
             pending_events: self.pending_events,
         }
