@@ -386,7 +386,7 @@ impl Timed {
     }
 
     /// Seconds that a new leader lets the lease run.
-    fn to_run(&self) -> i64 {
+    fn run_seconds(self) -> i64 {
         if self.remaining > 0 { self.remaining } else { self.ttl }
     }
 }
@@ -606,7 +606,7 @@ impl Lessor {
 
     fn start(&mut self, id: LeaseId, now: Uptime, extend_ms: u64) {
         let lease = self.leases.get_mut(&id).expect("started when present");
-        lease.expiry = plus_seconds(now, lease.to_run()).plus_ms(extend_ms);
+        lease.expiry = plus_seconds(now, lease.run_seconds()).plus_ms(extend_ms);
         let at = lease.expiry;
         self.set_alarm(id, at);
     }
@@ -620,7 +620,7 @@ impl Lessor {
         let Some(interval_ms) = self.options.checkpoint_interval_ms else { return };
         let lease = self.leases.get_mut(&id).expect("scheduled when present");
         lease.checkpoint = None;
-        let to_run_ms = u64::try_from(lease.to_run()).unwrap_or(0).saturating_mul(1000);
+        let to_run_ms = u64::try_from(lease.run_seconds()).unwrap_or(0).saturating_mul(1000);
         if to_run_ms > interval_ms {
             self.set_checkpoint(id, now.plus_ms(interval_ms));
         }

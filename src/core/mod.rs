@@ -14,3 +14,4 @@ pub mod raft;
 pub mod snap;
 pub mod types;
 pub mod wal;
+pub mod watch;
