@@ -156,3 +156,13 @@ pub fn read_file(disk: &dyn Disk, path: &Path) -> io::Result<Vec<u8>> {
     bytes.truncate(read);
     Ok(bytes)
 }
+
+impl crate::core::bbolt::ReadAt for dyn DiskFile {
+    fn size(&self) -> io::Result<u64> {
+        DiskFile::size(self)
+    }
+
+    fn read_at(&self, buffer: &mut [u8], at: u64) -> io::Result<usize> {
+        DiskFile::read_at(self, buffer, at)
+    }
+}
