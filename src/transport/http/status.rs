@@ -492,3 +492,446 @@ fn misdirected(host: &str) -> String {
          The check protects against DNS rebinding (CVE-2018-5702).\n"
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::sync::Mutex;
+
+    use futures_util::future;
+    use http_body_util::BodyExt;
+    use tower::Service;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Fake {
+        undecided: bool,
+        alarms: Vec<AlarmType>,
+        no_leader: bool,
+        learner: bool,
+        auth: bool,
+        local_error: Option<String>,
+        remote_error: Option<String>,
+        /// What was read: whether serializable.
+        reads: Mutex<Vec<bool>>,
+    }
+
+    impl Member for Fake {
+        fn server_version(&self) -> String {
+            "3.7.1".into()
+        }
+
+        fn cluster_version(&self) -> Option<String> {
+            (!self.undecided).then(|| "3.7.0".into())
+        }
+
+        fn storage_version(&self) -> Option<String> {
+            (!self.undecided).then(|| "3.7.0".into())
+        }
+
+        fn alarms(&self) -> Vec<AlarmType> {
+            self.alarms.clone()
+        }
+
+        fn leader(&self) -> Option<MemberId> {
+            (!self.no_leader).then_some(MemberId(1))
+        }
+
+        fn is_learner(&self) -> bool {
+            self.learner
+        }
+
+        fn auth_enabled(&self) -> bool {
+            self.auth
+        }
+
+        fn read(&self, serializable: bool) -> ReadFuture {
+            self.reads.lock().expect("not poisoned").push(serializable);
+            let error = if serializable { &self.local_error } else { &self.remote_error };
+            Box::pin(future::ready(error.clone().map_or(Ok(()), Err)))
+        }
+
+        fn raft_status(&self) -> serde_json::Value {
+            serde_json::json!({ "id": "1", "raftState": "StateLeader" })
+        }
+
+        fn cmdline(&self) -> Vec<String> {
+            vec!["quorate".into(), "--name=\"m\"".into()]
+        }
+    }
+
+    struct Answer {
+        status: u16,
+        headers: HeaderMap,
+        body: Vec<u8>,
+    }
+
+    impl Answer {
+        fn header(&self, name: &str) -> Option<&str> {
+            self.headers.get(name).map(|v| v.to_str().expect("headers are text"))
+        }
+
+        fn text(&self) -> &str {
+            std::str::from_utf8(&self.body).expect("bodies are text")
+        }
+
+        /// Status, content type, whether sniffing is forbidden, body.
+        fn seen(&self) -> (u16, Option<&str>, bool, &str) {
+            let nosniff = self.header("x-content-type-options") == Some("nosniff");
+            (self.status, self.header("content-type"), nosniff, self.text())
+        }
+    }
+
+    const TEXT: Option<&str> = Some("text/plain; charset=utf-8");
+
+    fn leaked() -> &'static Metrics {
+        Box::leak(Box::new(Metrics::new()))
+    }
+
+    async fn send(mut router: Router, request: http::request::Builder) -> Answer {
+        let request = request.body(Body::empty()).expect("the request is well formed");
+        let response = router.call(request).await.expect("a router never fails");
+        let (parts, body) = response.into_parts();
+        let body = body.collect().await.expect("the body is whole").to_bytes().to_vec();
+        Answer { status: parts.status.as_u16(), headers: parts.headers, body }
+    }
+
+    async fn get(fake: Fake, path: &str) -> Answer {
+        send(client_router(Arc::new(fake), leaked()), Request::get(path)).await
+    }
+
+    fn count(metrics: &Metrics, series: &str) -> Option<f64> {
+        let page = metrics.render();
+        let found = page.lines().find_map(|l| l.strip_prefix(series)?.strip_prefix(' '));
+        found.map(|value| value.parse().expect("a sample is a number"))
+    }
+
+    #[tokio::test]
+    async fn version_names_three_versions_and_says_what_is_not_known() {
+        let answer = get(Fake::default(), "/version").await;
+        let body = r#"{"etcdserver":"3.7.1","etcdcluster":"3.7.0","storage":"3.7.0"}"#;
+        assert_eq!(answer.seen(), (200, Some("application/json"), false, body));
+        let answer = get(Fake { undecided: true, ..Fake::default() }, "/version").await;
+        let body = r#"{"etcdserver":"3.7.1","etcdcluster":"not_decided","storage":"unknown"}"#;
+        assert_eq!(answer.text(), body);
+    }
+
+    #[tokio::test]
+    async fn other_methods_are_refused_with_the_one_allowed() {
+        let paths = [
+            "/version",
+            "/health",
+            "/livez",
+            "/livez/serializable_read",
+            "/readyz",
+            "/readyz/non_learner",
+            "/debug/vars",
+        ];
+        for path in paths {
+            for method in ["POST", "HEAD", "PUT", "DELETE", "OPTIONS"] {
+                let router = client_router(Arc::new(Fake::default()), leaked());
+                let answer = send(router, Request::builder().method(method).uri(path)).await;
+                let body = if method == "HEAD" { "" } else { "Method Not Allowed\n" };
+                assert_eq!(answer.seen(), (405, TEXT, true, body), "{method} {path}");
+                assert_eq!(answer.header("allow"), Some("GET"), "{path}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn unknown_paths_are_not_found() {
+        for path in
+            ["/", "/nope", "/health/", "/livez/", "/livez/non_learner", "/readyz/x", "/debug"]
+        {
+            let answer = get(Fake::default(), path).await;
+            assert_eq!(answer.seen(), (404, TEXT, true, "404 page not found\n"), "{path}");
+        }
+        // The metrics port tells less.
+        for path in ["/version", "/debug/vars"] {
+            let router = metrics_router(Arc::new(Fake::default()), leaked());
+            assert_eq!(send(router, Request::get(path)).await.status, 404, "{path}");
+        }
+    }
+
+    #[tokio::test]
+    async fn health_is_a_sniffed_text_without_newline() {
+        let answer = get(Fake::default(), "/health").await;
+        assert_eq!(answer.seen(), (200, TEXT, false, r#"{"health":"true","reason":""}"#));
+    }
+
+    #[tokio::test]
+    async fn health_gives_the_first_reason_and_obeys_its_query() {
+        use AlarmType::{Corrupt, Nospace};
+        let alarmed = |alarms: &[AlarmType]| Fake { alarms: alarms.into(), ..Fake::default() };
+        let no_leader = || Fake { no_leader: true, ..Fake::default() };
+        let cases = [
+            (alarmed(&[Nospace, Corrupt]), "/health", Some("ALARM NOSPACE")),
+            (alarmed(&[Nospace, Corrupt]), "/health?exclude=NOSPACE", Some("ALARM CORRUPT")),
+            (alarmed(&[Nospace, Corrupt]), "/health?exclude=NOSPACE&exclude=CORRUPT", None),
+            (alarmed(&[Nospace]), "/health?exclude=nospace&exclude=", Some("ALARM NOSPACE")),
+            (alarmed(&[AlarmType::None]), "/health", Some("ALARM UNKNOWN")),
+            (no_leader(), "/health", Some("RAFT NO LEADER")),
+            (no_leader(), "/health?serializable=true", None),
+            (no_leader(), "/health?serializable=TRUE", Some("RAFT NO LEADER")),
+            (no_leader(), "/health?serializable=1&serializable=true", Some("RAFT NO LEADER")),
+            (
+                Fake { remote_error: Some("etcdserver: <\"t\">".into()), ..Fake::default() },
+                "/health",
+                Some(r#"RANGE ERROR:etcdserver: \u003c\"t\"\u003e"#),
+            ),
+            (
+                Fake { remote_error: Some("x".into()), ..Fake::default() },
+                "/health?serializable=true",
+                None,
+            ),
+            (Fake { learner: true, ..Fake::default() }, "/health", None),
+        ];
+        for (fake, path, reason) in cases {
+            let metrics = leaked();
+            let answer = send(client_router(Arc::new(fake), metrics), Request::get(path)).await;
+            let (failures, successes) = match reason {
+                Some(reason) => {
+                    let body = format!("{{\"health\":\"false\",\"reason\":\"{reason}\"}}\n");
+                    assert_eq!(answer.seen(), (503, TEXT, true, body.as_str()), "{path}");
+                    (1.0, 0.0)
+                }
+                None => {
+                    assert_eq!(answer.status, 200, "{path}: {}", answer.text());
+                    (0.0, 1.0)
+                }
+            };
+            assert_eq!(count(metrics, "etcd_server_health_failures"), Some(failures));
+            assert_eq!(count(metrics, "etcd_server_health_success"), Some(successes));
+        }
+    }
+
+    #[tokio::test]
+    async fn health_reads_locally_only_if_asked_to() {
+        for (path, serializable) in [("/health", false), ("/health?serializable=true", true)] {
+            let fake = Arc::new(Fake::default());
+            send(client_router(fake.clone(), leaked()), Request::get(path)).await;
+            assert_eq!(*fake.reads.lock().expect("not poisoned"), [serializable], "{path}");
+        }
+    }
+
+    #[tokio::test]
+    async fn probes_say_ok_and_their_checks_when_verbose() {
+        for path in ["/livez", "/readyz", "/livez/serializable_read", "/readyz/linearizable_read"] {
+            let answer = get(Fake::default(), path).await;
+            assert_eq!(answer.seen(), (200, TEXT, true, "ok\n"), "{path}");
+        }
+        for path in ["/readyz?verbose", "/readyz?verbose=0"] {
+            let answer = get(Fake::default(), path).await;
+            let body = "[+]data_corruption ok\n[+]serializable_read ok\n[+]linearizable_read ok\n[+]non_learner ok\nok\n";
+            assert_eq!(answer.seen(), (200, TEXT, true, body));
+        }
+        let answer = get(Fake::default(), "/livez/serializable_read?verbose").await;
+        assert_eq!(answer.text(), "[+]serializable_read ok\nok\n");
+    }
+
+    #[tokio::test]
+    async fn a_failed_check_shows_all_lines_and_can_be_excluded() {
+        let sick = || Fake {
+            alarms: vec![AlarmType::Nospace, AlarmType::Corrupt],
+            learner: true,
+            remote_error: Some("no leader".into()),
+            ..Fake::default()
+        };
+        let answer = get(sick(), "/readyz").await;
+        let body = "[-]data_corruption failed: alarm activated: CORRUPT\n\
+                    [+]serializable_read ok\n\
+                    [-]linearizable_read failed: no leader\n\
+                    [-]non_learner failed: not supported for learner\n\n";
+        assert_eq!(answer.seen(), (503, TEXT, true, body));
+        let path =
+            "/readyz?exclude=data_corruption&exclude=linearizable_read&exclude=nonsense&verbose";
+        let answer = get(sick(), path).await;
+        let body = "[+]serializable_read ok\n[-]non_learner failed: not supported for learner\n\n";
+        assert_eq!((answer.status, answer.text()), (503, body));
+        let answer = get(sick(), &format!("{path}&exclude=non_learner")).await;
+        assert_eq!((answer.status, answer.text()), (200, "[+]serializable_read ok\nok\n"));
+        // A check asked for by name cannot be excluded; livez has no such checks.
+        let answer = get(sick(), "/readyz/non_learner?exclude=non_learner").await;
+        assert_eq!(answer.status, 503);
+        assert_eq!(get(sick(), "/livez").await.status, 200);
+        let answer =
+            get(Fake { local_error: Some("gone".into()), ..Fake::default() }, "/livez").await;
+        assert_eq!((answer.status, answer.text()), (503, "[-]serializable_read failed: gone\n\n"));
+    }
+
+    #[tokio::test]
+    async fn lack_of_space_fails_no_probe() {
+        for path in ["/livez", "/readyz"] {
+            let fake = Fake { alarms: vec![AlarmType::Nospace], ..Fake::default() };
+            assert_eq!(get(fake, path).await.status, 200, "{path}");
+        }
+    }
+
+    #[tokio::test]
+    async fn every_check_is_counted() {
+        let metrics = leaked();
+        let fake = Arc::new(Fake { learner: true, ..Fake::default() });
+        let router = client_router(fake, metrics);
+        send(router.clone(), Request::get("/readyz")).await;
+        send(router.clone(), Request::get("/readyz/non_learner")).await;
+        send(router, Request::get("/livez")).await;
+        let name = "etcd_server_healthcheck";
+        for (series, value) in [
+            (r#"{name="non_learner",type="readyz"}"#, 0.0),
+            (r#"{name="linearizable_read",type="readyz"}"#, 1.0),
+            (r#"{name="serializable_read",type="livez"}"#, 1.0),
+            (r#"s_total{name="non_learner",status="error",type="readyz"}"#, 2.0),
+            (r#"s_total{name="serializable_read",status="success",type="livez"}"#, 1.0),
+        ] {
+            assert_eq!(count(metrics, &format!("{name}{series}")), Some(value), "{series}");
+        }
+    }
+
+    #[tokio::test]
+    async fn metrics_answer_any_method_and_pack_if_asked() {
+        let metrics = leaked();
+        metrics.mvcc_put.increment(12);
+        let router = metrics_router(Arc::new(Fake::default()), metrics);
+        let plain = send(router.clone(), Request::post("/metrics")).await;
+        let content_type = "text/plain; version=0.0.4; charset=utf-8";
+        assert_eq!((plain.status, plain.header("content-type")), (200, Some(content_type)));
+        assert_eq!(plain.header("content-encoding"), None);
+        assert!(plain.text().contains("\netcd_mvcc_put_total 12\n"));
+        assert!(plain.text().contains("\npromhttp_metric_handler_requests_in_flight 1\n"));
+
+        let request = Request::get("/metrics").header("accept-encoding", "br, gzip;q=0.5");
+        let packed = send(router.clone(), request).await;
+        assert_eq!(packed.header("content-encoding"), Some("gzip"));
+        assert_eq!(packed.header("content-type"), Some(content_type));
+        assert!(packed.body.len() * 5 < plain.body.len());
+        let mut page = String::new();
+        let mut reader = flate2::read::GzDecoder::new(packed.body.as_slice());
+        reader.read_to_string(&mut page).expect("it is gzip");
+        assert!(page.contains("\npromhttp_metric_handler_requests_total{code=\"200\"} 1\n"));
+
+        let request = Request::get("/metrics").header("accept-encoding", "gzip;q=0, identity");
+        assert_eq!(send(router, request).await.header("content-encoding"), None);
+    }
+
+    #[tokio::test]
+    async fn variables_are_one_json_object() {
+        let answer = get(Fake::default(), "/debug/vars").await;
+        assert_eq!(answer.header("content-type"), Some("application/json; charset=utf-8"));
+        let object: serde_json::Value = serde_json::from_slice(&answer.body).expect("it is JSON");
+        assert_eq!(object["cmdline"], serde_json::json!(["quorate", "--name=\"m\""]));
+        assert_eq!(object["raft.status"]["raftState"], "StateLeader");
+        assert!(object["file_descriptor_limit"].as_u64().expect("a number") > 0);
+        assert!(object["memstats"]["Sys"].as_u64().expect("a number") > 0);
+    }
+
+    fn guarded(hosts: &[&str], origins: &[&str], plaintext: bool, auth: bool) -> Router {
+        let member: Arc<dyn Member> = Arc::new(Fake { auth, ..Fake::default() });
+        let owned = |set: &[&str]| set.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>();
+        let echo = any(|uri: Uri| async move { uri.to_string() });
+        let router = client_router(member.clone(), leaked()).route("/v3/{*rest}", echo);
+        ClientRules::new(owned(hosts), owned(origins), plaintext, member).guard(router)
+    }
+
+    #[tokio::test]
+    async fn hosts_off_the_list_are_misdirected_in_plaintext_only() {
+        let cases = [
+            (&["a.example", "::1"][..], "a.example", true, 200),
+            (&["a.example", "::1"], "a.example:2379", true, 200),
+            (&["a.example", "::1"], "[::1]:2379", true, 200),
+            (&["a.example", "::1"], "[::1]", true, 421),
+            (&["a.example", "::1"], "evil.example", true, 421),
+            (&["a.example", "::1"], "A.example", true, 421),
+            (&["a.example", "::1"], "evil.example", false, 200),
+            (&["*"], "evil.example", true, 200),
+            (&[], "evil.example", true, 200),
+        ];
+        for (hosts, host, plaintext, status) in cases {
+            let router = guarded(hosts, &[], plaintext, false);
+            let answer = send(router, Request::get("/version").header("host", host)).await;
+            assert_eq!(answer.status, status, "{host} of {hosts:?}");
+            if status == 421 {
+                assert_eq!(answer.header("content-type"), TEXT);
+                assert!(answer.text().contains("CVE-2018-5702") && answer.text().contains(host));
+            }
+        }
+        // HTTP/2 and a request in absolute form name the host in the address; without any, none is.
+        let router = guarded(&["a.example"], &[], true, false);
+        let request = Request::get("http://a.example:80/version").header("host", "evil.example");
+        assert_eq!(send(router.clone(), request).await.status, 200);
+        assert_eq!(send(router, Request::get("/version")).await.status, 421);
+    }
+
+    #[tokio::test]
+    async fn origins_allowed_are_told_so() {
+        let cases = [
+            (&[][..], None, Some("*")),
+            (&["*"], Some("http://b"), Some("*")),
+            (&["http://a", "http://b"], Some("http://b"), Some("http://b")),
+            (&["http://a"], Some("http://b"), None),
+            (&["http://a"], None, None),
+        ];
+        for (origins, origin, allowed) in cases {
+            for method in ["GET", "OPTIONS"] {
+                let mut request = Request::builder().method(method).uri("/version");
+                if let Some(origin) = origin {
+                    request = request.header("origin", origin);
+                }
+                let answer = send(guarded(&[], origins, true, false), request).await;
+                assert_eq!(answer.status, 200);
+                assert_eq!(answer.body.is_empty(), method == "OPTIONS");
+                assert_eq!(answer.header("access-control-allow-origin"), allowed, "{origins:?}");
+                let [methods, headers] = ["methods", "headers"].map(|n| {
+                    answer.header(&format!("access-control-allow-{n}")).map(str::to_owned)
+                });
+                let told = allowed.is_some();
+                assert_eq!(methods, told.then(|| "POST, GET, OPTIONS, PUT, DELETE".into()));
+                assert_eq!(headers, told.then(|| "accept, content-type, authorization".into()));
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn options_are_answered_even_for_unknown_paths() {
+        let request = Request::builder().method("OPTIONS").uri("/nope");
+        let answer = send(guarded(&[], &[], true, false), request).await;
+        assert_eq!((answer.status, answer.text()), (200, ""));
+    }
+
+    #[tokio::test]
+    async fn old_gateway_paths_are_renamed_once() {
+        for (path, seen) in [
+            ("/v3beta/kv/range?a=b", "/v3/kv/range?a=b"),
+            ("/v3beta/v3beta/x", "/v3/v3beta/x"),
+            ("/v3/kv/put", "/v3/kv/put"),
+        ] {
+            assert_eq!(
+                send(guarded(&[], &[], true, false), Request::post(path)).await.text(),
+                seen
+            );
+        }
+        for path in ["/v3alpha/kv/range", "/v3beta"] {
+            let answer = send(guarded(&[], &[], true, false), Request::post(path)).await;
+            assert_eq!(answer.status, 404, "{path}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_certificate_with_a_name_cannot_use_the_gateway_once_auth_is_on() {
+        let cases = [
+            (true, "/v3/kv/range", "root", 400),
+            (true, "/v3beta/kv/range", "root", 400),
+            (true, "/v3/kv/range", "", 200),
+            (true, "/version", "root", 200),
+            (false, "/v3/kv/range", "root", 200),
+        ];
+        for (auth, path, name, status) in cases {
+            let request = Request::get(path).extension(CommonName(name.into()));
+            let answer = send(guarded(&[], &[], false, auth), request).await;
+            assert_eq!(answer.status, status, "{path} by {name:?}, auth {auth}");
+            if status == 400 {
+                assert!(answer.text().starts_with("CommonName of client sending a request"));
+            }
+        }
+    }
+}
