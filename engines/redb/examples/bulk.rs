@@ -110,7 +110,7 @@ fn main() {
                 slowest = slowest.max(commit.elapsed());
                 first += BATCH;
                 // a busy server, not one that does nothing else
-                thread::sleep(Duration::from_millis(5));
+                thread::sleep(Duration::from_millis(50));
             }
             (first - rows, slowest)
         });
