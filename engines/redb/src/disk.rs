@@ -4,17 +4,18 @@
 use std::fs::File;
 use std::io;
 use std::ops::Bound;
+use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use redb::backends::FileBackend;
 use redb::{BackendError, DatabaseError, StorageBackend};
 
 /// What the engine and redb share about one file.
-#[derive(Default, Debug)]
+#[derive(Debug)]
 pub(crate) struct DiskState {
-    /// Length of the file in bytes.
-    len: AtomicU64,
+    /// A second handle, to ask for its size.
+    file: File,
     /// Set once another file has taken this one's place.
     retired: AtomicBool,
     /// Set once nobody reads the retired file any more: redb is to give up on it at once.
@@ -24,9 +25,21 @@ pub(crate) struct DiskState {
 }
 
 impl DiskState {
-    /// Length of the file in bytes, without a system call.
-    pub(crate) fn len(&self) -> u64 {
-        self.len.load(Ordering::Acquire)
+    fn new(file: File) -> Self {
+        DiskState {
+            file,
+            retired: AtomicBool::new(false),
+            abandoned: AtomicBool::new(false),
+            #[cfg(test)]
+            faults: faults::Faults::default(),
+        }
+    }
+
+    /// Bytes of the file that have blocks on the disk. redb doubles the length of a file that is too
+    /// short, so the length alone may be twice of what was ever written.
+    pub(crate) fn size(&self) -> io::Result<u64> {
+        let metadata = self.file.metadata()?;
+        Ok(metadata.len().min(metadata.blocks() * 512))
     }
 
     /// The file has been replaced and is read by open views only: nothing written to it matters any
@@ -60,9 +73,9 @@ pub(crate) struct Disk {
 }
 
 impl Disk {
-    pub(crate) fn new(file: File, state: Arc<DiskState>) -> Result<Self, DatabaseError> {
-        state.len.store(file.metadata()?.len(), Ordering::Release);
-        Ok(Disk { file: FileBackend::new(file)?, state })
+    pub(crate) fn new(file: File) -> Result<(Self, Arc<DiskState>), DatabaseError> {
+        let state = Arc::new(DiskState::new(file.try_clone()?));
+        Ok((Disk { file: FileBackend::new(file)?, state: Arc::clone(&state) }, state))
     }
 }
 
@@ -80,7 +93,6 @@ impl StorageBackend for Disk {
         self.file.set_len(len)?;
         #[cfg(test)]
         self.state.faults.note(|| faults::DiskOp::SetLen(len));
-        self.state.len.store(len, Ordering::Release);
         Ok(())
     }
 

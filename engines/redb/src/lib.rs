@@ -13,7 +13,8 @@
 //! holds the state of the last durable commit, and opening it takes milliseconds, because each durable
 //! commit records which pages are free.
 //!
-//! Views between two commits share one read transaction. An open view keeps the pages that later commits
+//! Pages that commits free are reused only after a durable one, so a long run of buffered commits grows
+//! the file. Views between two commits share one read transaction. An open view keeps the pages that later commits
 //! free from being reused, so the file grows while it is open.
 
 mod disk;
@@ -217,18 +218,19 @@ impl Engine for Redb {
         Ok(())
     }
 
-    /// The length of the file. redb doubles a small file when it needs room; what was not written
-    /// occupies no blocks.
+    /// The blocks that the file occupies. Its length can be more, since redb doubles the length when it
+    /// needs room.
     fn size(&self) -> Result<u64, EngineError> {
-        Ok(self.shared.read().store.len())
+        self.store().size()
     }
 
     /// An estimate from a counter kept with each commit, so that it costs nothing: bytes of all rows, and
-    /// an eighth for unfilled pages and branches. redb's exact figure needs a walk of all pages.
+    /// a sixteenth for page headers and branches (a file of appended or reclaimed rows has as much; pages
+    /// that deletes have thinned out are not counted). redb's exact figure needs a walk of all pages.
     fn size_in_use(&self) -> Result<u64, EngineError> {
-        let shared = self.shared.read();
-        let live = shared.store.live_bytes();
-        Ok((live + live / 8).min(shared.store.len()))
+        let store = self.store();
+        let live = store.live_bytes();
+        Ok((live + live / 16).min(store.size()?))
     }
 
     fn reclaim(&self) -> Result<Reclaimed, EngineError> {

@@ -21,7 +21,7 @@ use bytes::Bytes;
 use engine_api::{Batch, Durability, EngineError, Op, Reclaimed, Table, View};
 
 use crate::store::{Snapshot, Store};
-use crate::{DATA, NEW, Redb, Writer, failed, remove_if_there, sync_dir};
+use crate::{DATA, NEW, Redb, Shared, Writer, failed, remove_if_there, sync_dir};
 
 /// The order of copying. The largest table comes last: it grows at its end, which the copy meets without
 /// a note.
@@ -47,6 +47,13 @@ const SLICE_ROW_BYTES: u64 = 100;
 /// Bytes copied between two syncs, so that none of them keeps the disk busy for long: the WAL is synced on
 /// the same disk.
 const SYNC_BYTES: u64 = 32 << 20;
+
+/// A slice below this, in bytes, shows that the copy has caught up with the commits.
+const CAUGHT_UP_BYTES: u64 = 256 << 10;
+
+/// Slices to catch up before the switch; each is shorter than the one before unless commits are faster than
+/// the copy.
+const CATCH_UPS_MAX: usize = 8;
 
 /// Memory for the notes of changed keys. Beyond it commits have outrun the copy, which then gives up.
 const TOUCHED_BYTES_MAX: usize = 64 << 20;
@@ -160,7 +167,7 @@ impl Redb {
     pub(crate) fn rebuild(&self) -> Result<Reclaimed, EngineError> {
         let _turn = self.reclaiming.lock();
         self.check_poisoned()?;
-        let before = self.store().len();
+        let before = self.store().size()?;
         let new = self.dir.join(NEW);
         remove_if_there(&new)?;
         let result = self.copy_and_switch();
@@ -169,11 +176,11 @@ impl Redb {
             // what cannot be removed now is removed on opening
             let _ = remove_if_there(&new);
         }
-        result?;
-        Ok(Reclaimed { before, after: self.store().len() })
+        Ok(Reclaimed { before, after: result? })
     }
 
-    fn copy_and_switch(&self) -> Result<(), EngineError> {
+    /// Answers the size of the new file.
+    fn copy_and_switch(&self) -> Result<u64, EngineError> {
         let target = Store::create(&self.dir.join(NEW), self.options.cache_bytes)?;
         self.writer.lock().touched = Some(Touched::default());
         let mut position = Position::default();
@@ -194,10 +201,21 @@ impl Redb {
                 return Err(self.outrun());
             }
         }
-        // first all that can be done while commits go on, so that little is left for the switch
+        // all that can be done while commits go on, so that little is left for the switch: closing trims the
+        // file, and opening it again shows that it is whole
         target.commit(&Batch::default(), Durability::Durable)?;
-        let moment = self.moment(&mut self.writer.lock())?;
-        copy_slice(&target, &mut position, moment, SLICE_BYTES, Durability::Durable)?;
+        drop(target);
+        let (data, new) = (self.dir.join(DATA), self.dir.join(NEW));
+        let target = Store::open(&new, &data, self.options.cache_bytes)?;
+        for durability in [Durability::Durable, Durability::Buffered] {
+            for _ in 0..CATCH_UPS_MAX {
+                let moment = self.moment(&mut self.writer.lock())?;
+                let slice = copy_slice(&target, &mut position, moment, u64::MAX, durability)?;
+                if slice.bytes < CAUGHT_UP_BYTES {
+                    break;
+                }
+            }
+        }
         self.switch(target, position)
     }
 
@@ -218,25 +236,25 @@ impl Redb {
         failed("reclaim space in", &self.dir.join(DATA), source)
     }
 
-    /// Completes the new file and puts it in the old one's place. Commits wait: for the rows of the
-    /// commits since the last slice, and a handful of syncs.
-    fn switch(&self, target: Store, mut position: Position) -> Result<(), EngineError> {
-        let (data, new) = (self.dir.join(DATA), self.dir.join(NEW));
+    /// Completes the new file, puts it in the old one's place and answers its size. Commits wait: for the
+    /// rows of the commits since the last slice, two syncs of the file and one of the directory.
+    fn switch(&self, target: Store, mut position: Position) -> Result<u64, EngineError> {
         let mut writer = self.writer.lock();
         let moment = self.moment(&mut writer)?;
         copy_slice(&target, &mut position, moment, u64::MAX, Durability::Durable)?;
-        // closing trims the file, and opening it again shows that it is whole before it counts
-        drop(target);
-        let target = Store::open(&new, &data, self.options.cache_bytes)?;
+        let size = target.size()?;
+        let (data, new) = (self.dir.join(DATA), self.dir.join(NEW));
         fs::rename(&new, &data).map_err(|error| failed("rename", &new, error))?;
         // the old name may come back in a crash until this is done: no commit may succeed before
         sync_dir(&self.dir).map_err(|error| self.poison(error))?;
         let mut shared = self.shared.write();
         shared.store.disk().retire();
-        let store = std::mem::replace(&mut shared.store, Arc::new(target));
-        let snapshot = shared.snapshot.take();
+        let replaced =
+            std::mem::replace(&mut *shared, Shared { store: Arc::new(target), snapshot: None });
         drop(shared);
-        drop((snapshot, store));
-        Ok(())
+        drop(writer);
+        // closes the old file, unless a view has it open
+        drop(replaced);
+        Ok(size)
     }
 }

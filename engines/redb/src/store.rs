@@ -175,17 +175,16 @@ impl Store {
     }
 
     fn over(file: File, place: Place, cache_bytes: usize) -> Result<Store, EngineError> {
-        let disk = Arc::new(DiskState::default());
         let repaired = Arc::new(AtomicBool::new(false));
-        let database = Disk::new(file, Arc::clone(&disk))
-            .and_then(|disk| {
-                let repaired = Arc::clone(&repaired);
-                Database::builder()
-                    .set_cache_size(cache_bytes)
-                    .set_repair_callback(move |_| repaired.store(true, Ordering::Release))
-                    .create_with_backend(disk)
-            })
-            .map_err(|error| place.open(error))?;
+        let opened = Disk::new(file).and_then(|(backend, disk)| {
+            let repaired = Arc::clone(&repaired);
+            let database = Database::builder()
+                .set_cache_size(cache_bytes)
+                .set_repair_callback(move |_| repaired.store(true, Ordering::Release))
+                .create_with_backend(backend)?;
+            Ok((database, disk))
+        });
+        let (database, disk) = opened.map_err(|error| place.open(error))?;
         Ok(Store {
             inner: Arc::new(Inner { database, disk, place }),
             live_bytes: AtomicU64::new(0),
@@ -228,9 +227,12 @@ impl Store {
         self.repaired
     }
 
-    /// Length of the file in bytes.
-    pub(crate) fn len(&self) -> u64 {
-        self.inner.disk.len()
+    /// Bytes that the file occupies.
+    ///
+    /// # Errors
+    /// `Io` if it cannot be examined.
+    pub(crate) fn size(&self) -> Result<u64, EngineError> {
+        self.inner.disk.size().map_err(|error| self.inner.place.io("examine", error))
     }
 
     pub(crate) fn disk(&self) -> &DiskState {

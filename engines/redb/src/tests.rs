@@ -112,9 +112,9 @@ fn power_loss_keeps_what_was_durable() {
     faults.record();
     // (operations recorded when it was acknowledged, number)
     let mut durable = vec![(0, 0)];
-    for n in 1..=400 {
+    for n in 1..=250 {
         let mut batch = numbered(n);
-        if rng.one_in(40) {
+        if rng.one_in(50) {
             // beyond the cache, so that buffered pages spill into the file
             batch.put(Table::Lease, n.to_be_bytes().to_vec(), rng.bytes(900_000));
         }
@@ -128,7 +128,7 @@ fn power_loss_keeps_what_was_durable() {
     assert!(durable.len() > 20 && record.len() > 1_000);
 
     let mut losses = 0;
-    for round in 0..150 {
+    for round in 0..60 {
         let end = rng.below(record.len() as u64 + 1) as usize;
         let synced = record[..end].iter().rposition(|op| matches!(op, DiskOp::Sync)).unwrap_or(0);
         let mut image = base.clone();
