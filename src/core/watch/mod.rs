@@ -18,7 +18,7 @@
 //!      └───────────► synced         blocked ─────┘ ◄───────────────┘
 //! ```
 //!
-//! A stream has room for a fixed number of responses in flight. A change that finds no room is not
+//! A stream has room for a fixed number of responses, and of bytes, in flight. A change that finds no room is not
 //! kept: its watcher remembers the revision from which on it must read history, so a slow client
 //! costs no more memory than its responses in flight.
 //!
@@ -108,6 +108,9 @@ pub struct HubOptions {
     pub max_request_bytes: usize,
     /// Responses in flight per stream before its watchers become unsynced. At least 1.
     pub stream_room: usize,
+    /// Bytes of keys and values in flight per stream, above which it has no room either: what a
+    /// slow client can hold in memory. At least 1.
+    pub stream_bytes: usize,
 }
 
 impl Default for HubOptions {
@@ -116,6 +119,7 @@ impl Default for HubOptions {
             progress_interval_ms: 10 * 60 * 1000,
             max_request_bytes: 1536 * 1024,
             stream_room: 128,
+            stream_bytes: 64 * 1024 * 1024,
         }
     }
 }
@@ -168,14 +172,32 @@ pub struct Hub {
 struct Stream {
     watchers: BTreeMap<i64, Slot>,
     next_id: i64,
-    /// Events in each response in flight, oldest first.
-    in_flight: VecDeque<usize>,
+    /// Responses that were not delivered yet, oldest first.
+    in_flight: VecDeque<InFlight>,
+    bytes_in_flight: usize,
     blocked: BTreeSet<(u64, Slot)>,
     /// Watchers that asked for progress notices.
     notified: usize,
     interval_ms: u64,
     opened: Uptime,
     timer: Option<Uptime>,
+}
+
+/// A response on its way.
+#[derive(Clone, Copy, Debug)]
+struct InFlight {
+    events: usize,
+    bytes: usize,
+}
+
+impl Stream {
+    /// How many more responses may be sent.
+    fn room(&self, options: &HubOptions) -> usize {
+        match self.bytes_in_flight < options.stream_bytes {
+            true => options.stream_room.saturating_sub(self.in_flight.len()),
+            false => 0,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -276,6 +298,7 @@ impl Hub {
     /// If the options leave a stream no room.
     pub fn new(options: HubOptions, revision: i64, seed: u64) -> Self {
         assert!(options.stream_room > 0, "a stream has room for at least one response");
+        assert!(options.stream_bytes > 0, "a stream has room for at least one byte");
         let mut random = Random::new(seed);
         Hub {
             options,
@@ -310,6 +333,7 @@ impl Hub {
                 watchers: BTreeMap::new(),
                 next_id: 0,
                 in_flight: VecDeque::new(),
+                bytes_in_flight: 0,
                 blocked: BTreeSet::new(),
                 notified: 0,
                 interval_ms,
@@ -329,7 +353,7 @@ impl Hub {
             self.remove(stream, id);
         }
         let ended = self.streams.remove(&stream).expect("just seen");
-        self.pending_events -= ended.in_flight.iter().map(|events| *events as u64).sum::<u64>();
+        self.pending_events -= ended.in_flight.iter().map(|r| r.events as u64).sum::<u64>();
         if let Some(at) = ended.timer {
             self.timers.remove(&(at, stream));
         }
@@ -340,7 +364,7 @@ impl Hub {
     /// to requests are sent without regard to room: it is by this that a client which sends
     /// requests and reads no answers is held up.
     pub fn has_room(&self, stream: StreamId) -> bool {
-        self.streams.get(&stream).is_some_and(|s| s.in_flight.len() < self.options.stream_room)
+        self.streams.get(&stream).is_some_and(|s| s.room(&self.options) > 0)
     }
 
     /// A request of a stream. `permission` is what access control says of a create request, decided
@@ -568,7 +592,7 @@ impl Hub {
         for slot in touched.drain(..) {
             let watcher = self.watchers[slot as usize].as_mut().expect("touched just now");
             let stream = &self.streams[&watcher.stream];
-            if stream.in_flight.len() < self.options.stream_room {
+            if stream.room(&self.options) > 0 {
                 self.send(slot, main, &mut changes, history)?;
             } else {
                 watcher.matched.clear();
@@ -624,7 +648,10 @@ impl Hub {
         self.events_sent += events as u64;
         self.pending_events += events as u64;
         let to = self.streams.get_mut(&stream).expect("responses go to open streams");
-        to.in_flight.push_back(events);
+        let kvs = response.events.iter().flat_map(|event| event.kv.iter().chain(&event.prev_kv));
+        let bytes = kvs.map(|kv| kv.0.len()).sum();
+        to.in_flight.push_back(InFlight { events, bytes });
+        to.bytes_in_flight += bytes;
         self.out.push((stream, response));
     }
 
@@ -642,8 +669,9 @@ impl Hub {
     pub fn delivered(&mut self, stream: StreamId, count: usize) {
         let Some(from) = self.streams.get_mut(&stream) else { return };
         for _ in 0..count {
-            let events = from.in_flight.pop_front().expect("delivered what was in flight");
-            self.pending_events -= events as u64;
+            let gone = from.in_flight.pop_front().expect("delivered what was in flight");
+            self.pending_events -= gone.events as u64;
+            from.bytes_in_flight -= gone.bytes;
         }
         self.unblock(stream);
     }
@@ -660,7 +688,7 @@ impl Hub {
     /// Lets as many watchers of a stream catch up as it has room for responses.
     fn unblock(&mut self, stream: StreamId) {
         let Some(from) = self.streams.get_mut(&stream) else { return };
-        for _ in from.in_flight.len()..self.options.stream_room {
+        for _ in 0..from.room(&self.options) {
             let Some((_, slot)) = from.blocked.pop_first() else { return };
             let watcher = self.watchers[slot as usize].as_mut().expect("a blocked slot is in use");
             watcher.state = State::Ready;
@@ -718,7 +746,7 @@ impl Hub {
             // Each may need one response: none is read for that could not be sent.
             let taken = taken.entry(watcher.stream).or_default();
             let stream = &self.streams[&watcher.stream];
-            if stream.in_flight.len() + *taken < self.options.stream_room {
+            if *taken < stream.room(&self.options) {
                 *taken += 1;
                 chosen.push(slot);
             } else {

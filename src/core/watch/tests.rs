@@ -194,7 +194,12 @@ struct Script {
 
 impl Script {
     fn new() -> Self {
-        let options = HubOptions { stream_room: 2, max_request_bytes: 512, ..Default::default() };
+        let options = HubOptions {
+            stream_room: 2,
+            stream_bytes: 1_000_000,
+            max_request_bytes: 512,
+            ..Default::default()
+        };
         Script {
             past: Past::new(),
             hub: Hub::new(options, 1, 1),
@@ -662,6 +667,7 @@ impl Model {
             // With the overhead of 512 KiB, a response of two large values is split.
             max_request_bytes: 0,
             stream_room: 1 + random.below(6) as usize,
+            stream_bytes: 500 << 10,
         };
         let mut model = Model {
             seed,
