@@ -1,13 +1,14 @@
 //! Leases: what every member knows of them, and when the leader lets them end.
 //!
-//! [`LeaseTable`] is replicated state: it changes only through applied log entries, holds no time and is
-//! equal on all members at the same applied index (up to the minimum TTL, which each member takes from its
-//! own election timeout, as etcd does). [`Lessor`] belongs to the leader alone: it keeps the deadlines,
-//! which never enter the log. Expiry is noticed by the lessor, proposed as a revoke, and happens when that
-//! revoke is applied to the table.
+//! [`LeaseTable`] is replicated state: it changes only through applied log entries, holds no time
+//! and is equal on all members at the same applied index (up to the minimum TTL, which each member
+//! takes from its own election timeout, as etcd does). [`Lessor`] belongs to the leader alone: it
+//! keeps the deadlines, which never enter the log. Expiry is noticed by the lessor, proposed as a
+//! revoke, and happens when that revoke is applied to the table.
 //!
-//! Invariant: a key is attached to at most one lease, and `lease_of(key) == id` exactly when `keys(id)`
-//! has the key. Attachments are not stored: they are rebuilt from the `lease` field of the live keys.
+//! Invariant: a key is attached to at most one lease, and `lease_of(key) == id` exactly when
+//! `keys(id)` has the key. Attachments are not stored: they are rebuilt from the `lease` field of
+//! the live keys.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -23,8 +24,8 @@ use super::types::{LeaseId, Uptime};
 /// The greatest TTL that can be granted, in seconds.
 pub const TTL_MAX: i64 = 9_000_000_000;
 
-/// The smallest TTL that is granted, in seconds: 1.5 election timeouts, rounded up, so that a lease cannot
-/// run out while the members elect a leader. At least 1.
+/// The smallest TTL that is granted, in seconds: 1.5 election timeouts, rounded up, so that a lease
+/// cannot run out while the members elect a leader. At least 1.
 pub const fn min_ttl(election_timeout_ms: u64) -> i64 {
     let seconds = election_timeout_ms.saturating_mul(3).div_ceil(2).div_ceil(1000);
     if seconds == 0 { 1 } else { seconds as i64 }
@@ -61,7 +62,8 @@ pub enum RecordError {
 pub struct Lease {
     /// Seconds granted.
     pub ttl: i64,
-    /// Seconds that were left at the last checkpoint; 0 or less: none was taken since the last renewal.
+    /// Seconds that were left at the last checkpoint; 0 or less: none was taken since the last
+    /// renewal.
     pub remaining: i64,
     keys: Keys,
 }
@@ -78,8 +80,8 @@ impl Lease {
     }
 }
 
-/// A sorted set of keys. A lease commonly has one key, for which a tree node would waste a kilobyte; one with
-/// very many must not be copied whole when a single key joins it.
+/// A sorted set of keys. A lease commonly has one key, for which a tree node would waste a
+/// kilobyte; one with very many must not be copied whole when a single key joins it.
 #[derive(Clone, Default, Debug)]
 struct Keys {
     /// Ascending; empty once `many` is in use.
@@ -127,8 +129,8 @@ impl Keys {
     }
 }
 
-/// All leases and what is attached to them. A clone shares its memory, so that the applier can publish one
-/// after each batch.
+/// All leases and what is attached to them. A clone shares its memory, so that the applier can
+/// publish one after each batch.
 #[derive(Clone, Debug)]
 pub struct LeaseTable {
     ttl_min: i64,
@@ -142,7 +144,8 @@ impl LeaseTable {
         LeaseTable { ttl_min, leases: OrdMap::new(), attached: OrdMap::new() }
     }
 
-    /// Creates a lease; answers the effective TTL in seconds, which is the minimum if `ttl` is below it.
+    /// Creates a lease; answers the effective TTL in seconds, which is the minimum if `ttl` is
+    /// below it.
     ///
     /// # Errors
     /// `NotFound` for the id 0, which means "no lease"; `TtlTooLarge`; `Exists`.
@@ -161,8 +164,8 @@ impl LeaseTable {
         Ok(ttl)
     }
 
-    /// Forgets a lease; answers the keys that were attached to it, ascending, for the caller to delete in
-    /// one revision. They are detached already.
+    /// Forgets a lease; answers the keys that were attached to it, ascending, for the caller to
+    /// delete in one revision. They are detached already.
     ///
     /// # Errors
     /// `NotFound`.
@@ -247,8 +250,8 @@ impl LeaseTable {
         self.leases.is_empty()
     }
 
-    /// Notes how many seconds lease `id` had left; 0 or less withdraws the note. Answers false if there is no
-    /// such lease, which is no error: it may have been revoked meanwhile.
+    /// Notes how many seconds lease `id` had left; 0 or less withdraws the note. Answers false if
+    /// there is no such lease, which is no error: it may have been revoked meanwhile.
     pub fn checkpoint(&mut self, id: LeaseId, remaining: i64) -> bool {
         let Some(lease) = self.leases.get_mut(&id) else { return false };
         if lease.remaining != remaining {
@@ -262,16 +265,16 @@ impl LeaseTable {
         Bytes::copy_from_slice(&id.0.to_be_bytes())
     }
 
-    /// The value of lease `id` in the lease bucket: after a grant, and after a checkpoint where those are to
-    /// be persisted.
+    /// The value of lease `id` in the lease bucket: after a grant, and after a checkpoint where
+    /// those are to be persisted.
     pub fn record(&self, id: LeaseId) -> Option<Bytes> {
         let lease = self.get(id)?;
         let record = leasepb::Lease { id: id.0, ttl: lease.ttl, remaining_ttl: lease.remaining };
         Some(record.encode_to_vec().into())
     }
 
-    /// Takes one pair of the lease bucket into the table; a TTL below the minimum is raised to it. The keys
-    /// are attached afterwards with [`LeaseTable::attach`].
+    /// Takes one pair of the lease bucket into the table; a TTL below the minimum is raised to it.
+    /// The keys are attached afterwards with [`LeaseTable::attach`].
     ///
     /// # Errors
     /// [`RecordError`] if the pair is not one that etcd or we would write; the table is unchanged.
@@ -296,11 +299,11 @@ impl LeaseTable {
 /// Settings of a [`Lessor`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct LessorOptions {
-    /// Milliseconds after which a lease whose revoke was asked for but not applied is handed out again: the
-    /// request timeout, 5 s and 2 election timeouts. At least 1.
+    /// Milliseconds after which a lease whose revoke was asked for but not applied is handed out
+    /// again: the request timeout, 5 s and 2 election timeouts. At least 1.
     pub retry_ms: u64,
-    /// Milliseconds between two checkpoints of a lease that has longer than that to live; `None` switches
-    /// checkpoints off (feature gate `LeaseCheckpoint`). At least 1.
+    /// Milliseconds between two checkpoints of a lease that has longer than that to live; `None`
+    /// switches checkpoints off (feature gate `LeaseCheckpoint`). At least 1.
     pub checkpoint_interval_ms: Option<u64>,
 }
 
@@ -321,8 +324,8 @@ pub const EXPIRED_PER_TICK: usize = 500;
 
 /// From this many leases on, a new leader spreads their expiries.
 const SPREAD_FROM: usize = 1000;
-/// At most so many leases, restarted by a new leader, end within `SPREAD_WINDOW_MS`: 750 a second, which
-/// leaves a quarter of the revoke rate to leases that end in their own time.
+/// At most so many leases, restarted by a new leader, end within `SPREAD_WINDOW_MS`: 750 a second,
+/// which leaves a quarter of the revoke rate to leases that end in their own time.
 const SPREAD_PER_WINDOW: usize = 75;
 const SPREAD_WINDOW_MS: u64 = 100;
 
@@ -331,11 +334,12 @@ const SPREAD_WINDOW_MS: u64 = 100;
 pub enum Renewal {
     /// The full TTL, in seconds, runs again.
     Renewed { ttl: i64 },
-    /// The log holds a checkpoint of this lease, by which a new leader would end it early. Propose a
-    /// checkpoint with nothing remaining, and renew again when [`Lessor::checkpointed`] has been told of it.
+    /// The log holds a checkpoint of this lease, by which a new leader would end it early. Propose
+    /// a checkpoint with nothing remaining, and renew again when [`Lessor::checkpointed`] has been
+    /// told of it.
     Checkpointed,
-    /// It has run out but is not revoked yet. The caller waits for [`Lessor::revoked`] (the answer is then TTL
-    /// 0) or for the loss of leadership (`NotPrimary`).
+    /// It has run out but is not revoked yet. The caller waits for [`Lessor::revoked`] (the answer
+    /// is then TTL 0) or for the loss of leadership (`NotPrimary`).
     Expired,
     /// There is no such lease: the answer is TTL 0.
     Unknown,
@@ -354,9 +358,9 @@ pub enum LessorError {
 
 /// The deadlines of all leases while this member leads.
 ///
-/// Each lease has one alarm in a heap, at or before its deadline. A renewal only moves the deadline; the alarm,
-/// when it comes up, is set anew. So a keep-alive costs one look-up, and a lease that is kept alive passes
-/// through the heap once per TTL.
+/// Each lease has one alarm in a heap, at or before its deadline. A renewal only moves the
+/// deadline; the alarm, when it comes up, is set anew. So a keep-alive costs one look-up, and a
+/// lease that is kept alive passes through the heap once per TTL.
 #[derive(Debug)]
 pub struct Lessor {
     options: LessorOptions,
@@ -423,7 +427,8 @@ impl Lessor {
         self.sweep();
     }
 
-    /// A revoke was applied. Answers whether the lease was known; keep-alives that wait for it are released.
+    /// A revoke was applied. Answers whether the lease was known; keep-alives that wait for it are
+    /// released.
     pub fn revoked(&mut self, id: LeaseId) -> bool {
         let known = self.leases.remove(&id).is_some();
         self.sweep();
@@ -441,8 +446,8 @@ impl Lessor {
         self.sweep();
     }
 
-    /// The table was replaced by that of a snapshot: `(id, ttl, remaining)` of all its leases. A leader
-    /// receives no snapshot, so this also ends any leadership.
+    /// The table was replaced by that of a snapshot: `(id, ttl, remaining)` of all its leases. A
+    /// leader receives no snapshot, so this also ends any leadership.
     pub fn restored(&mut self, leases: impl IntoIterator<Item = (LeaseId, i64, i64)>) {
         self.demote();
         self.leases =
@@ -472,9 +477,10 @@ impl Lessor {
         Renewal::Renewed { ttl }
     }
 
-    /// The leases that have run out, at most `limit`, those that ran out first in front. Each is handed out
-    /// once, and again only when its revoke is not applied within the retry interval. Called every
-    /// [`EXPIRY_TICK_MS`] with [`EXPIRED_PER_TICK`], or less if there is no room for so many proposals.
+    /// The leases that have run out, at most `limit`, those that ran out first in front. Each is
+    /// handed out once, and again only when its revoke is not applied within the retry interval.
+    /// Called every [`EXPIRY_TICK_MS`] with [`EXPIRED_PER_TICK`], or less if there is no room for
+    /// so many proposals.
     pub fn expired(&mut self, now: Uptime, limit: usize) -> Vec<LeaseId> {
         let mut expired = Vec::new();
         while expired.len() < limit
@@ -488,17 +494,17 @@ impl Lessor {
         expired
     }
 
-    /// When [`Lessor::expired`] or [`Lessor::checkpoints_due`] will next have something; `None` if never, as
-    /// long as nothing is granted.
+    /// When [`Lessor::expired`] or [`Lessor::checkpoints_due`] will next have something; `None` if
+    /// never, as long as nothing is granted.
     pub fn next_deadline(&mut self) -> Option<Uptime> {
         let alarm = self.next_alarm().map(|(at, _)| at);
         let checkpoint = self.next_checkpoint().map(|(at, _)| at);
         alarm.into_iter().chain(checkpoint).min()
     }
 
-    /// Leadership begins: every lease restarts at its TTL, or at what a checkpoint says is left of it, plus
-    /// `extend_ms` (the election timeout), since nobody knows when it was last renewed. Where there are very
-    /// many, some run longer so that no second sees more than 750 of them end.
+    /// Leadership begins: every lease restarts at its TTL, or at what a checkpoint says is left of
+    /// it, plus `extend_ms` (the election timeout), since nobody knows when it was last renewed.
+    /// Where there are very many, some run longer so that no second sees more than 750 of them end.
     pub fn promote(&mut self, now: Uptime, extend_ms: u64) {
         self.demote();
         self.primary = true;
@@ -512,7 +518,8 @@ impl Lessor {
         }
     }
 
-    /// Each lease in the order of their deadlines ends at its own, or a window after the 75th before it.
+    /// Each lease in the order of their deadlines ends at its own, or a window after the 75th
+    /// before it.
     fn spread(&mut self) {
         let mut order: Vec<(Uptime, LeaseId)> =
             self.leases.iter().map(|(id, lease)| (lease.expiry, *id)).collect();
@@ -529,7 +536,8 @@ impl Lessor {
         self.alarms = order.into_iter().map(Reverse).collect();
     }
 
-    /// Leadership ends: no lease runs out here any more, and keep-alives that wait are sent elsewhere.
+    /// Leadership ends: no lease runs out here any more, and keep-alives that wait are sent
+    /// elsewhere.
     pub fn demote(&mut self) {
         self.primary = false;
         self.alarms.clear();
@@ -541,8 +549,8 @@ impl Lessor {
         self.primary
     }
 
-    /// Whole seconds left of a lease, cut towards zero; negative if it ran out longer than a second ago and is
-    /// not revoked yet.
+    /// Whole seconds left of a lease, cut towards zero; negative if it ran out longer than a second
+    /// ago and is not revoked yet.
     ///
     /// # Errors
     /// `NotPrimary`, `Unknown`.
@@ -576,8 +584,8 @@ impl Lessor {
         self.leases.is_empty()
     }
 
-    /// Checkpoints to propose now, at most `limit`: the lease and the seconds it has left, rounded up. A
-    /// lease comes again after the interval, whether or not its checkpoint was applied.
+    /// Checkpoints to propose now, at most `limit`: the lease and the seconds it has left, rounded
+    /// up. A lease comes again after the interval, whether or not its checkpoint was applied.
     pub fn checkpoints_due(&mut self, now: Uptime, limit: usize) -> Vec<(LeaseId, i64)> {
         let mut due = Vec::new();
         let Some(interval_ms) = self.options.checkpoint_interval_ms else { return due };

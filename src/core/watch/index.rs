@@ -106,8 +106,8 @@ impl Index {
     }
 }
 
-/// A treap by (start, end) in which each node knows the greatest end below it, so that a look-up passes
-/// over subtrees that stop before the key. Equal ranges share a node.
+/// A treap by (start, end) in which each node knows the greatest end below it, so that a look-up
+/// passes over subtrees that stop before the key. Equal ranges share a node.
 #[derive(Debug)]
 struct Ranges {
     nodes: Vec<Node>,

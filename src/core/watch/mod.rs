@@ -1,12 +1,14 @@
 //! Watches: all watchers of one member, and what each is sent.
 //!
-//! **Guarantee.** A watcher is sent every change of its keys from its first revision on: in order of
-//! revision, each once, none left out, all changes of one revision in one response (or in fragments of it
-//! that follow one another). A progress notice of revision R comes after every change up to R. It ends with
-//! a cancel, after which nothing follows: asked for, or because the history it still needed was compacted.
+//! **Guarantee.** A watcher is sent every change of its keys from its first revision on: in order
+//! of revision, each once, none left out, all changes of one revision in one response (or in
+//! fragments of it that follow one another). A progress notice of revision R comes after every
+//! change up to R. It ends with a cancel, after which nothing follows: asked for, or because the
+//! history it still needed was compacted.
 //!
-//! A watcher is *synced* when nothing below the hub's revision is missing: it gets changes as they are
-//! applied, found through an index of keys and ranges. All others are *unsynced* and read history:
+//! A watcher is *synced* when nothing below the hub's revision is missing: it gets changes as they
+//! are applied, found through an index of keys and ranges. All others are *unsynced* and read
+//! history:
 //!
 //! ```text
 //!              start <= current                       caught up
@@ -16,12 +18,13 @@
 //!      └───────────► synced         blocked ─────┘ ◄───────────────┘
 //! ```
 //!
-//! A stream has room for a fixed number of responses in flight. A change that finds no room is not kept: its
-//! watcher remembers the revision from which on it must read history, so a slow client costs no more memory
-//! than its responses in flight.
+//! A stream has room for a fixed number of responses, and of bytes, in flight. A change that finds no room is not
+//! kept: its watcher remembers the revision from which on it must read history, so a slow client
+//! costs no more memory than its responses in flight.
 //!
-//! **Invariant.** An unsynced watcher was sent everything below its `next`, a synced one everything up to the
-//! hub's revision; responses of a stream leave in the order in which they were decided, whatever their kind.
+//! **Invariant.** An unsynced watcher was sent everything below its `next`, a synced one everything
+//! up to the hub's revision; responses of a stream leave in the order in which they were decided,
+//! whatever their kind.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -55,8 +58,8 @@ const CATCH_UP_WATCHERS: usize = 512;
 const PROGRESS_INTERVAL_MIN_MS: u64 = 100;
 /// What is added to the greatest request before a response is split.
 const FRAGMENT_OVERHEAD: usize = 512 * 1024;
-/// The greatest size of the header fields that are filled in after the hub: cluster, member, term, each a
-/// tag and a varint.
+/// The greatest size of the header fields that are filled in after the hub: cluster, member, term,
+/// each a tag and a varint.
 const HEADER_RESERVE: usize = 3 * 11;
 
 const REASON_COMPACTED: &str = "etcdserver: mvcc: required revision has been compacted";
@@ -97,14 +100,17 @@ impl Random {
 /// Settings of a [`Hub`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct HubOptions {
-    /// Interval of periodic progress notices in milliseconds, to which each stream adds up to a tenth by
-    /// chance; one below 100 is taken as 100 (`watch-progress-notify-interval`).
+    /// Interval of periodic progress notices in milliseconds, to which each stream adds up to a
+    /// tenth by chance; one below 100 is taken as 100 (`watch-progress-notify-interval`).
     pub progress_interval_ms: u64,
-    /// The greatest client request in bytes (`max-request-bytes`): a response of 512 KiB more is split for
-    /// a watcher that asked for fragments, and ends a catch-up batch for any.
+    /// The greatest client request in bytes (`max-request-bytes`): a response of 512 KiB more is
+    /// split for a watcher that asked for fragments, and ends a catch-up batch for any.
     pub max_request_bytes: usize,
     /// Responses in flight per stream before its watchers become unsynced. At least 1.
     pub stream_room: usize,
+    /// Bytes of keys and values in flight per stream, above which it has no room either: what a
+    /// slow client can hold in memory. At least 1.
+    pub stream_bytes: usize,
 }
 
 impl Default for HubOptions {
@@ -113,6 +119,7 @@ impl Default for HubOptions {
             progress_interval_ms: 10 * 60 * 1000,
             max_request_bytes: 1536 * 1024,
             stream_room: 128,
+            stream_bytes: 64 * 1024 * 1024,
         }
     }
 }
@@ -132,8 +139,8 @@ pub struct HubStats {
 
 /// All watchers of one member.
 ///
-/// The history handed to a method is the store's newest published view: at least as new as the changes that
-/// the hub was told of, and possibly newer.
+/// The history handed to a method is the store's newest published view: at least as new as the
+/// changes that the hub was told of, and possibly newer.
 #[derive(Debug)]
 pub struct Hub {
     options: HubOptions,
@@ -146,8 +153,8 @@ pub struct Hub {
     synced: Index,
     /// Unsynced watchers whose stream may have room, by the next revision they need.
     ready: BTreeSet<(i64, Slot)>,
-    /// Where in `ready` the next round begins. It goes up and then starts over, so that a watcher far behind
-    /// holds up nobody and is passed over by nobody.
+    /// Where in `ready` the next round begins. It goes up and then starts over, so that a watcher
+    /// far behind holds up nobody and is passed over by nobody.
     cursor: i64,
     /// Unsynced watchers whose stream has no room, likewise.
     blocked: BTreeSet<(i64, Slot)>,
@@ -165,14 +172,32 @@ pub struct Hub {
 struct Stream {
     watchers: BTreeMap<i64, Slot>,
     next_id: i64,
-    /// Events in each response in flight, oldest first.
-    in_flight: VecDeque<usize>,
+    /// Responses that were not delivered yet, oldest first.
+    in_flight: VecDeque<InFlight>,
+    bytes_in_flight: usize,
     blocked: BTreeSet<(u64, Slot)>,
     /// Watchers that asked for progress notices.
     notified: usize,
     interval_ms: u64,
     opened: Uptime,
     timer: Option<Uptime>,
+}
+
+/// A response on its way.
+#[derive(Clone, Copy, Debug)]
+struct InFlight {
+    events: usize,
+    bytes: usize,
+}
+
+impl Stream {
+    /// How many more responses may be sent.
+    fn room(&self, options: &HubOptions) -> usize {
+        match self.bytes_in_flight < options.stream_bytes {
+            true => options.stream_room.saturating_sub(self.in_flight.len()),
+            false => 0,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -182,7 +207,8 @@ struct Watcher {
     keys: Keys,
     /// As asked for: 0 for "from now on".
     start: i64,
-    /// While unsynced, everything below was sent. While synced, changes below are not for this watcher.
+    /// While unsynced, everything below was sent. While synced, changes below are not for this
+    /// watcher.
     next: i64,
     state: State,
     put: bool,
@@ -265,13 +291,14 @@ fn header(revision: i64) -> Option<ResponseHeader> {
 }
 
 impl Hub {
-    /// A hub without streams. `revision` is the store's current one; `seed` decides the jitter of progress
-    /// notices and the layout of the tables.
+    /// A hub without streams. `revision` is the store's current one; `seed` decides the jitter of
+    /// progress notices and the layout of the tables.
     ///
     /// # Panics
     /// If the options leave a stream no room.
     pub fn new(options: HubOptions, revision: i64, seed: u64) -> Self {
         assert!(options.stream_room > 0, "a stream has room for at least one response");
+        assert!(options.stream_bytes > 0, "a stream has room for at least one byte");
         let mut random = Random::new(seed);
         Hub {
             options,
@@ -306,6 +333,7 @@ impl Hub {
                 watchers: BTreeMap::new(),
                 next_id: 0,
                 in_flight: VecDeque::new(),
+                bytes_in_flight: 0,
                 blocked: BTreeSet::new(),
                 notified: 0,
                 interval_ms,
@@ -316,8 +344,8 @@ impl Hub {
         assert!(opened.is_none(), "stream {} is opened once", stream.0);
     }
 
-    /// A stream ended, by whichever side. Its watchers are gone without a word, and so is what was not
-    /// drained for it.
+    /// A stream ended, by whichever side. Its watchers are gone without a word, and so is what was
+    /// not drained for it.
     pub fn close(&mut self, stream: StreamId) {
         let Some(ended) = self.streams.get(&stream) else { return };
         let ids: Vec<i64> = ended.watchers.keys().copied().collect();
@@ -325,23 +353,23 @@ impl Hub {
             self.remove(stream, id);
         }
         let ended = self.streams.remove(&stream).expect("just seen");
-        self.pending_events -= ended.in_flight.iter().map(|events| *events as u64).sum::<u64>();
+        self.pending_events -= ended.in_flight.iter().map(|r| r.events as u64).sum::<u64>();
         if let Some(at) = ended.timer {
             self.timers.remove(&(at, stream));
         }
         self.out.retain(|(to, _)| *to != stream);
     }
 
-    /// Whether a stream has room for a response, so that its next request should be read. Answers to
-    /// requests are sent without regard to room: it is by this that a client which sends requests and reads
-    /// no answers is held up.
+    /// Whether a stream has room for a response, so that its next request should be read. Answers
+    /// to requests are sent without regard to room: it is by this that a client which sends
+    /// requests and reads no answers is held up.
     pub fn has_room(&self, stream: StreamId) -> bool {
-        self.streams.get(&stream).is_some_and(|s| s.in_flight.len() < self.options.stream_room)
+        self.streams.get(&stream).is_some_and(|s| s.room(&self.options) > 0)
     }
 
-    /// A request of a stream. `permission` is what access control says of a create request, decided on the
-    /// key and range end **as sent**. A request for a stream that is closed by now is passed over, as is one
-    /// without content.
+    /// A request of a stream. `permission` is what access control says of a create request, decided
+    /// on the key and range end **as sent**. A request for a stream that is closed by now is passed
+    /// over, as is one without content.
     pub fn request(
         &mut self,
         stream: StreamId,
@@ -515,8 +543,8 @@ impl Hub {
         true
     }
 
-    /// Changes that were just applied: of one or more whole main revisions, in order, all above those given
-    /// before. `revision` is the store's current one after them.
+    /// Changes that were just applied: of one or more whole main revisions, in order, all above
+    /// those given before. `revision` is the store's current one after them.
     ///
     /// # Errors
     /// What reading a previous value gave: the hub is unusable, the member stops.
@@ -564,7 +592,7 @@ impl Hub {
         for slot in touched.drain(..) {
             let watcher = self.watchers[slot as usize].as_mut().expect("touched just now");
             let stream = &self.streams[&watcher.stream];
-            if stream.in_flight.len() < self.options.stream_room {
+            if stream.room(&self.options) > 0 {
                 self.send(slot, main, &mut changes, history)?;
             } else {
                 watcher.matched.clear();
@@ -620,26 +648,30 @@ impl Hub {
         self.events_sent += events as u64;
         self.pending_events += events as u64;
         let to = self.streams.get_mut(&stream).expect("responses go to open streams");
-        to.in_flight.push_back(events);
+        let kvs = response.events.iter().flat_map(|event| event.kv.iter().chain(&event.prev_kv));
+        let bytes = kvs.map(|kv| kv.0.len()).sum();
+        to.in_flight.push_back(InFlight { events, bytes });
+        to.bytes_in_flight += bytes;
         self.out.push((stream, response));
     }
 
-    /// The responses decided since the last call, in order. The shell sends each stream its own in this
-    /// order, and tells when they have left by [`Hub::delivered`].
+    /// The responses decided since the last call, in order. The shell sends each stream its own in
+    /// this order, and tells when they have left by [`Hub::delivered`].
     pub fn drain(&mut self) -> impl Iterator<Item = (StreamId, WatchResponse)> + '_ {
         self.out.drain(..)
     }
 
-    /// `count` more responses of a stream have been handed to its connection, oldest first. Its watchers that
-    /// waited for room can catch up: see [`Hub::has_backlog`].
+    /// `count` more responses of a stream have been handed to its connection, oldest first. Its
+    /// watchers that waited for room can catch up: see [`Hub::has_backlog`].
     ///
     /// # Panics
     /// If more are delivered than were in flight.
     pub fn delivered(&mut self, stream: StreamId, count: usize) {
         let Some(from) = self.streams.get_mut(&stream) else { return };
         for _ in 0..count {
-            let events = from.in_flight.pop_front().expect("delivered what was in flight");
-            self.pending_events -= events as u64;
+            let gone = from.in_flight.pop_front().expect("delivered what was in flight");
+            self.pending_events -= gone.events as u64;
+            from.bytes_in_flight -= gone.bytes;
         }
         self.unblock(stream);
     }
@@ -656,7 +688,7 @@ impl Hub {
     /// Lets as many watchers of a stream catch up as it has room for responses.
     fn unblock(&mut self, stream: StreamId) {
         let Some(from) = self.streams.get_mut(&stream) else { return };
-        for _ in from.in_flight.len()..self.options.stream_room {
+        for _ in 0..from.room(&self.options) {
             let Some((_, slot)) = from.blocked.pop_first() else { return };
             let watcher = self.watchers[slot as usize].as_mut().expect("a blocked slot is in use");
             watcher.state = State::Ready;
@@ -670,9 +702,9 @@ impl Hub {
         !self.ready.is_empty()
     }
 
-    /// Moves unsynced watchers forward by what history holds for them, until about `budget` changes were
-    /// read. Answers whether there is more to do at once; watchers whose stream has no room wait for
-    /// [`Hub::delivered`] instead.
+    /// Moves unsynced watchers forward by what history holds for them, until about `budget` changes
+    /// were read. Answers whether there is more to do at once; watchers whose stream has no room
+    /// wait for [`Hub::delivered`] instead.
     ///
     /// # Errors
     /// What history gave, other than a compaction: the hub is unusable, the member stops.
@@ -696,8 +728,8 @@ impl Hub {
         Ok(!self.ready.is_empty())
     }
 
-    /// Takes up to 512 watchers at and above the cursor out of `ready`, by ascending revision. Those that miss
-    /// nothing are synced and those without room are blocked on the way.
+    /// Takes up to 512 watchers at and above the cursor out of `ready`, by ascending revision.
+    /// Those that miss nothing are synced and those without room are blocked on the way.
     fn choose(&mut self, current: i64) -> Vec<Slot> {
         let mut chosen = Vec::new();
         let mut taken: FxHashMap<StreamId, usize> = FxHashMap::default();
@@ -714,7 +746,7 @@ impl Hub {
             // Each may need one response: none is read for that could not be sent.
             let taken = taken.entry(watcher.stream).or_default();
             let stream = &self.streams[&watcher.stream];
-            if stream.in_flight.len() + *taken < self.options.stream_room {
+            if *taken < stream.room(&self.options) {
                 *taken += 1;
                 chosen.push(slot);
             } else {
@@ -739,7 +771,8 @@ impl Hub {
         match read {
             Ok(()) => {}
             Err(HistoryError::Compacted { compacted, .. }) if from < compacted => {
-                // It happened under the scan. Nothing was sent: who can still be served tries again.
+                // It happened under the scan. Nothing was sent: who can still be served tries
+                // again.
                 for &slot in &chosen {
                     let watcher = self.watchers[slot as usize].as_mut().expect("chosen, in use");
                     watcher.matched.clear();
@@ -772,8 +805,8 @@ impl Hub {
         Ok(())
     }
 
-    /// History below `revision` is gone: unsynced watchers that still needed some of it are canceled. Synced
-    /// ones have had it all.
+    /// History below `revision` is gone: unsynced watchers that still needed some of it are
+    /// canceled. Synced ones have had it all.
     pub fn compacted(&mut self, revision: i64) {
         let below = ..(revision, 0);
         let lost = self.ready.range(below).chain(self.blocked.range(below));
@@ -788,8 +821,8 @@ impl Hub {
         }
     }
 
-    /// The store was replaced by a snapshot whose current revision is `revision`. What happened in between was
-    /// not told of: every watcher reads it from history, from its own next revision on.
+    /// The store was replaced by a snapshot whose current revision is `revision`. What happened in
+    /// between was not told of: every watcher reads it from history, from its own next revision on.
     pub fn restored(&mut self, revision: i64) {
         let told = self.revision;
         self.synced.clear();
@@ -814,7 +847,8 @@ impl Hub {
         watcher.state == State::Synced && watcher.start <= self.revision
     }
 
-    /// Answers a progress request, if that is true of all watchers of the stream; otherwise it is dropped.
+    /// Answers a progress request, if that is true of all watchers of the stream; otherwise it is
+    /// dropped.
     fn requested_progress(&mut self, stream: StreamId) {
         let mut seen: Option<i64> = None;
         for &slot in self.streams[&stream].watchers.values() {
@@ -864,7 +898,8 @@ impl Hub {
         }
     }
 
-    /// When [`Hub::tick`] will next have something to do; `None` while no watcher asked for notices.
+    /// When [`Hub::tick`] will next have something to do; `None` while no watcher asked for
+    /// notices.
     pub fn next_deadline(&self) -> Option<Uptime> {
         self.timers.first().map(|(at, _)| *at)
     }

@@ -1,4 +1,5 @@
-//! Scripts in tests/scripts/watch, and a model: random calls against a naive twin over the whole history.
+//! Scripts in tests/scripts/watch, and a model: random calls against a naive twin over the whole
+//! history.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -193,7 +194,12 @@ struct Script {
 
 impl Script {
     fn new() -> Self {
-        let options = HubOptions { stream_room: 2, max_request_bytes: 512, ..Default::default() };
+        let options = HubOptions {
+            stream_room: 2,
+            stream_bytes: 1_000_000,
+            max_request_bytes: 512,
+            ..Default::default()
+        };
         Script {
             past: Past::new(),
             hub: Hub::new(options, 1, 1),
@@ -403,7 +409,8 @@ fn a_catch_up_response_holds_at_most_a_thousand_revisions() {
         assert_eq!(response.header.unwrap().revision, 2501);
         batches.push((response.watch_id, response.events.len(), last.mod_revision));
     }
-    // In small budgets the responses are small; none of the first watcher's is above 2 x 1000 events.
+    // In small budgets the responses are small; none of the first watcher's is above 2 x 1000
+    // events.
     assert_eq!(batches.iter().filter(|b| b.0 == 0).map(|b| b.1).sum::<usize>(), 5000);
     assert_eq!(batches.iter().filter(|b| b.0 == 1).map(|b| b.1).sum::<usize>(), 102);
 
@@ -421,6 +428,124 @@ fn a_catch_up_response_holds_at_most_a_thousand_revisions() {
         })
         .collect();
     assert_eq!(sizes, [(1000, 1001), (1000, 2001), (500, 2501)]);
+}
+
+/// History that is compacted while it is read: after some changes there is an error.
+struct Shrinking {
+    past: Past,
+    after: usize,
+    compacted: i64,
+}
+
+impl History for Shrinking {
+    fn revision(&self) -> i64 {
+        self.past.revision
+    }
+
+    fn compact_revision(&self) -> i64 {
+        -1 // as it was when the call began
+    }
+
+    fn changes(
+        &self,
+        from: i64,
+        to: i64,
+        visit: &mut dyn FnMut(Event) -> bool,
+    ) -> Result<(), HistoryError> {
+        let mut left = if from < self.compacted { self.after } else { usize::MAX };
+        self.past.changes(from, to, &mut |event| {
+            left = left.saturating_sub(1);
+            left > 0 && visit(event)
+        })?;
+        if left > 0 {
+            return Ok(());
+        }
+        Err(HistoryError::Compacted { asked: from, compacted: self.compacted })
+    }
+
+    fn value_at(&self, key: &[u8], at: i64) -> Result<Option<KeyValueBytes>, HistoryError> {
+        self.past.value_at(key, at)
+    }
+}
+
+#[test]
+fn a_compaction_during_the_scan_ends_only_who_needed_what_is_gone() {
+    let mut past = Past::new();
+    for n in 0..9 {
+        past.apply(&[Op::Put("a".into(), n.to_string().into())]);
+    }
+    let history = Shrinking { past, after: 6, compacted: 5 };
+    let mut hub = Hub::new(HubOptions::default(), history.revision(), 1);
+    hub.open(StreamId(1), Uptime(0));
+    for start in [2, 4, 5, 9] {
+        let create =
+            WatchCreateRequest { key: "a".into(), start_revision: start, ..Default::default() };
+        let request = union(RequestUnion::CreateRequest(create));
+        hub.request(StreamId(1), request, Ok(()), &history, Uptime(0));
+    }
+    assert!(!hub.catch_up(&history, 1000).unwrap());
+    let sent: Vec<String> =
+        hub.drain().filter(|(_, r)| !r.created).map(|(_, response)| show(&response)).collect();
+    assert_eq!(
+        sent,
+        [
+            "id=0 canceled rev=0 compact=5",
+            "id=1 canceled rev=0 compact=5",
+            "id=2 rev=10 put a=3@5 put a=4@6 put a=5@7 put a=6@8 put a=7@9 put a=8@10",
+            "id=3 rev=10 put a=7@9 put a=8@10",
+        ]
+    );
+}
+
+#[test]
+fn a_history_that_contradicts_itself_is_an_error_and_no_endless_loop() {
+    struct Broken(Past);
+    impl History for Broken {
+        fn revision(&self) -> i64 {
+            self.0.revision
+        }
+        fn compact_revision(&self) -> i64 {
+            -1
+        }
+        fn changes(
+            &self,
+            from: i64,
+            _: i64,
+            _: &mut dyn FnMut(Event) -> bool,
+        ) -> Result<(), HistoryError> {
+            Err(HistoryError::Compacted { asked: from, compacted: from })
+        }
+        fn value_at(&self, key: &[u8], at: i64) -> Result<Option<KeyValueBytes>, HistoryError> {
+            self.0.value_at(key, at)
+        }
+    }
+    let mut past = Past::new();
+    past.apply(&[Op::Put("a".into(), "1".into())]);
+    let history = Broken(past);
+    let mut hub = Hub::new(HubOptions::default(), history.revision(), 1);
+    hub.open(StreamId(1), Uptime(0));
+    let create = WatchCreateRequest { key: "a".into(), start_revision: 2, ..Default::default() };
+    let request = union(RequestUnion::CreateRequest(create));
+    hub.request(StreamId(1), request, Ok(()), &history, Uptime(0));
+    let error = hub.catch_up(&history, 1000).unwrap_err();
+    assert_eq!(error.to_string(), "revision 2 is compacted, history begins at 2");
+}
+
+#[test]
+fn a_seed_repeats() {
+    let transcript = || {
+        let mut model = Model::new(3);
+        let mut lines = Vec::new();
+        for step in 0..500 {
+            model.step();
+            lines.extend(model.hub.out.iter().map(|(stream, r)| format!("{stream:?} {}", show(r))));
+            model.receive(step);
+        }
+        lines
+    };
+    let (first, second) = (transcript(), transcript());
+    assert!(first.len() > 100);
+    assert_eq!(first, second);
 }
 
 #[test]
@@ -542,8 +667,9 @@ impl Model {
             // With the overhead of 512 KiB, a response of two large values is split.
             max_request_bytes: 0,
             stream_room: 1 + random.below(6) as usize,
+            stream_bytes: 500 << 10,
         };
-        Model {
+        let mut model = Model {
             seed,
             past: Past::new(),
             hub: Hub::new(options, 1, seed),
@@ -559,7 +685,11 @@ impl Model {
             compacted: 0,
             fragmented: 0,
             notices: 0,
+        };
+        for _ in 0..3 {
+            model.open();
         }
+        model
     }
 
     fn key(&mut self) -> Bytes {
@@ -713,15 +843,17 @@ impl Model {
                     self.unread.remove(&stream);
                 }
             }
-            98 if self.streams.len() < 5 => {
-                self.opened += 1;
-                let stream = StreamId(self.opened);
-                self.hub.open(stream, self.now);
-                self.streams.insert(stream, BTreeMap::new());
-                self.unread.insert(stream, 0);
-            }
+            98 if self.streams.len() < 5 => self.open(),
             _ => {}
         }
+    }
+
+    fn open(&mut self) {
+        self.opened += 1;
+        let stream = StreamId(self.opened);
+        self.hub.open(stream, self.now);
+        self.streams.insert(stream, BTreeMap::new());
+        self.unread.insert(stream, 0);
     }
 
     fn receive(&mut self, at: u64) {
@@ -791,7 +923,8 @@ impl Model {
         self.received += events.len() as u64;
         let last = events.last().unwrap().kv.as_ref().unwrap().parse().unwrap().mod_revision;
         assert!(last <= revision && revision <= self.past.revision, "{what}");
-        // All there is up to the last revision, whole: so none is missing, repeated or out of order.
+        // All there is up to the last revision, whole: so none is missing, repeated or out of
+        // order.
         let due: Vec<&Event> = expect.missing(&self.past, last).collect();
         assert_eq!(
             events.len(),
@@ -822,7 +955,8 @@ impl Model {
             self.receive(u64::MAX);
             let more = self.hub.catch_up(&self.past, 1000).unwrap();
             let mut read = 0;
-            for (stream, unread) in &mut self.unread {
+            // Only a delivery of something may be needed to get on.
+            for (stream, unread) in self.unread.iter_mut().filter(|(_, unread)| **unread > 0) {
                 read += *unread;
                 self.hub.delivered(*stream, std::mem::take(unread));
             }
@@ -846,7 +980,7 @@ impl Model {
 fn every_watcher_is_sent_what_the_whole_history_holds_for_it() {
     let seeds = match std::env::var("WATCH_SEED") {
         Ok(seed) => vec![seed.parse().expect("WATCH_SEED is a number")],
-        Err(_) => (0..40).collect(),
+        Err(_) => (0..25).collect(),
     };
     let many = seeds.len() > 1;
     let mut reached = [0; 5];
@@ -863,5 +997,5 @@ fn every_watcher_is_sent_what_the_whole_history_holds_for_it() {
             *sum += new;
         }
     }
-    assert!(!many || reached.iter().all(|n| *n >= 40), "the model reaches all cases: {reached:?}");
+    assert!(!many || reached.iter().all(|n| *n >= 25), "the model reaches all cases: {reached:?}");
 }
