@@ -83,7 +83,7 @@ impl Etcd {
 
     /// A number in `etcdctl get`'s answer for all keys.
     fn count(&self, field: &str) -> u64 {
-        let output = self.etcdctl(&["get", "", "--from-key", "--count-only", "-w", "fields"]);
+        let output = self.etcdctl(&["get", "", "--from-key", "--limit=1", "-w", "fields"]);
         let text = String::from_utf8(output.stdout).unwrap();
         let line = text.lines().find(|line| line.starts_with(&format!("\"{field}\"")));
         line.unwrap_or_else(|| panic!("no {field} in {text}"))
