@@ -2,5 +2,7 @@
 //!
 //! Dependencies point one way: `core` (pure) ← `actors` ← `transport` ← the daemon. See ARCHITECTURE.md.
 
+pub mod cli;
 pub mod config;
 pub mod core;
+pub mod logging;
