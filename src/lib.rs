@@ -4,8 +4,10 @@
 
 pub mod actors;
 pub mod bench;
+pub mod cli;
 pub mod config;
 pub mod core;
+pub mod logging;
 pub mod metrics;
 pub mod storage;
 pub mod transport;

@@ -4,7 +4,7 @@
 //! [`flags`] is the one table of all flags; parsing, `--help`, the variables' names and the file's
 //! keys come from it. The way of a setting: text is parsed into [`Config`] (by [`load`] from the
 //! command line and the environment, or by [`file`] from YAML), then [`validate`] holds the rules
-//! between fields and derives what depends on several of them, then `support` refuses what this
+//! between fields and derives what depends on several of them, then [`support`] refuses what this
 //! release cannot do yet. A `Config` that [`load`] answers has passed all of it: zeros that stand for
 //! a default are replaced, so its users take every field at its word.
 
@@ -17,7 +17,7 @@ pub mod help;
 pub mod load;
 pub mod notice;
 pub mod slot;
-mod support;
+pub mod support;
 pub mod types;
 pub mod url;
 pub mod validate;

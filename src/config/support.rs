@@ -72,6 +72,11 @@ fn any_tls(urls: &[Url]) -> bool {
     urls.iter().any(|url| url.scheme().is_tls())
 }
 
+/// Whether any value of this flag but the default is refused.
+pub fn refuses(flag: &str) -> bool {
+    AT_DEFAULT.iter().any(|(name, _)| *name == flag)
+}
+
 /// Refuses a configuration that asks for what is not there; names all of it.
 pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
     let (mut given, mut default) = (config.clone(), Config::default());

@@ -143,17 +143,12 @@ impl fmt::Display for Retention {
 }
 
 /// Browser origins that may call.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub enum Origins {
+    #[default]
     Any,
     /// As written in the `Origin` header.
     Only(BTreeSet<String>),
-}
-
-impl Default for Origins {
-    fn default() -> Self {
-        Origins::Any
-    }
 }
 
 impl Origins {
