@@ -182,7 +182,7 @@ fn full_disk_stops_commits_and_keeps_what_was_durable() {
                 engine.commit(&numbered(n), Durability::Durable).unwrap();
             }
             engine.store().disk().faults.fill_disk_after(writes);
-            let error = (11..)
+            let error = (11..500)
                 .find_map(|n| {
                     let result = engine.commit(&numbered(n), Durability::Durable);
                     durable = n - 1;
