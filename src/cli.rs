@@ -13,13 +13,15 @@ pub const ETCD_VERSION: &str = "3.7.1";
 
 /// Programs that are not part of this release. Any other word is taken for a misplaced argument of
 /// the member, as etcd takes it.
-const ABSENT: &[&str] = &["bench", "ctl", "gateway", "grpc-proxy", "proxy", "utl"];
+const ABSENT: &[&str] = &["ctl", "gateway", "grpc-proxy", "proxy", "utl"];
 
 /// What the command line asks to be run.
 #[derive(PartialEq, Eq, Debug)]
 pub enum Program<'a> {
     /// A member, with these flags.
     Serve(&'a [String]),
+    /// The benchmark, with these arguments.
+    Bench(&'a [String]),
     /// Something else, by its name.
     Other(&'a str),
 }
@@ -29,6 +31,7 @@ pub enum Program<'a> {
 pub fn program(args: &[String]) -> Program<'_> {
     match args.first().map(String::as_str) {
         Some("serve") => Program::Serve(&args[1..]),
+        Some("bench") => Program::Bench(&args[1..]),
         Some(name) if ABSENT.contains(&name) => Program::Other(name),
         _ => Program::Serve(args),
     }
@@ -42,6 +45,7 @@ pub fn program(args: &[String]) -> Program<'_> {
 pub fn run(args: &[String], serve: fn(Config, Logging) -> ExitCode) -> ExitCode {
     match program(args.get(1..).unwrap_or_default()) {
         Program::Serve(flags) => start(args, flags, serve),
+        Program::Bench(args) => crate::bench::run(args.iter().map(Into::into)),
         Program::Other(name) => {
             say(
                 std::io::stderr(),

@@ -7,6 +7,7 @@ pub mod bench;
 pub mod cli;
 pub mod config;
 pub mod core;
+pub mod daemon;
 pub mod logging;
 pub mod metrics;
 pub mod storage;

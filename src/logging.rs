@@ -814,6 +814,14 @@ impl fmt::Display for Stamp {
     }
 }
 
+/// A moment in UTC to the nanosecond, as RFC 3339 has it.
+pub fn rfc3339_nanos(time: SystemTime) -> String {
+    let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let (year, month, day, hour, minute, second) = civil(since.as_secs() as i64);
+    let nanos = since.subsec_nanos();
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{nanos:09}Z")
+}
+
 fn write_stamp(f: &mut impl fmt::Write, seconds: i64, micros: u32, offset: i64) -> fmt::Result {
     let (year, month, day, hour, minute, second) = civil(seconds + offset);
     write!(f, "{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}.{micros:06}")?;

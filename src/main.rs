@@ -2,9 +2,7 @@
 
 use std::process::ExitCode;
 
-use quorate::cli;
-use quorate::config::Config;
-use quorate::logging::Logging;
+use quorate::{cli, daemon};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -12,10 +10,5 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> ExitCode {
     let args: Vec<String> =
         std::env::args_os().map(|arg| arg.to_string_lossy().into_owned()).collect();
-    cli::run(&args, serve)
-}
-
-fn serve(_: Config, _: Logging) -> ExitCode {
-    quorate::fatal!("this build has no server in it");
-    ExitCode::FAILURE
+    cli::run(&args, daemon::run)
 }

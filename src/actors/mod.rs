@@ -1,3 +1,43 @@
-//! Shells: each owns one core value and one resource.
+//! Shells: each owns one core value and one resource, and runs where [`spawn`] puts it.
+//!
+//! Who sends what to whom:
+//!
+//! ```text
+//! transport ── Requests ──────────► raft ── Append ──► wal ── Persisted ──► raft
+//!                                   raft ── Apply ───► applier ── Applied, ConfChanged ──► raft
+//! applier ── Commit ──► committer ── Committed ──► applier
+//! applier ── Events ──► watch ── responses ──► transport
+//! applier ── LeaseChanges, Promoted ──► lease ── Requests (revokes) ──► raft
+//! applier ── Compacted ──► compactor ── CompactSlice ──► applier
+//! applier ── TakeSnapshot ──► snapshot ── SaveSnapshot, Release ──► wal
+//! transport ── Renewals, Remaining ──► lease      transport ── Open, Ask, Delivered ──► watch
+//! ```
+//!
+//! Order that may never change: **persist, then send what depends on it** (the raft node holds such
+//! messages back until `Persisted`); **apply in index order, once** (one raft actor sends `Apply`, one
+//! applier skips what the engine holds); **applied index and data in one engine commit** (a batch is
+//! cut with its index inside). So `engine <= applied <= committed <= last`.
+//!
+//! How deep the queues are: `Append` and `Apply` are bounded by credits (4 each, the rest merges in the
+//! raft node); engine batches by one in flight and an overlay of ten batches, behind which the applier
+//! holds entries back; client requests by the raft actor's mailbox and the "too many requests" gate;
+//! watch responses by 128 a stream. Messages whose number follows from these bounds are sent with
+//! `do_send`, which never waits; nothing else is.
 
+pub mod applier;
+pub mod committer;
+pub mod compactor;
 pub mod disk;
+pub mod exit;
+pub mod lease;
+pub mod raft;
+pub mod shared;
+pub mod snapshot;
+pub mod spawn;
+pub mod wal;
+pub mod watch;
+
+/// Answers a caller. One that has given up needs no answer.
+fn answer<T>(caller: tokio::sync::oneshot::Sender<T>, with: T) {
+    caller.send(with).ok();
+}

@@ -47,6 +47,16 @@ pub enum Stage {
     Beta,
 }
 
+impl Stage {
+    /// The label that `etcd_server_feature_enabled` gives it.
+    pub const fn label(self) -> &'static str {
+        match self {
+            Stage::Alpha => "ALPHA",
+            Stage::Beta => "BETA",
+        }
+    }
+}
+
 gates! {
     /// Sets every alpha gate that is not set by name.
     AllAlpha = Alpha, false;

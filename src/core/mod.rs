@@ -3,7 +3,9 @@
 
 pub mod alarm;
 pub mod apply;
+pub mod autocompact;
 pub mod bbolt;
+pub mod check;
 pub mod command;
 pub mod event;
 pub mod lease;

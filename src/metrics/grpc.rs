@@ -257,6 +257,14 @@ impl<M: Deref<Target = Metrics>> GrpcCall<M> {
         self.metrics.client_received_bytes.increment(bytes as u64);
     }
 
+    /// Counts messages from the client apart from the call itself, for a task that reads them.
+    pub fn receiver(&self) -> Received<M>
+    where
+        M: Clone,
+    {
+        Received { metrics: self.metrics.clone(), method: self.method }
+    }
+
     /// Counts a message to the client; `bytes` as in [`GrpcCall::received`].
     pub fn sent(&self, bytes: usize) {
         self.metrics.method(self.method).sent.increment(1);
@@ -353,5 +361,19 @@ mod tests {
         assert_eq!(count("Put", "etcdserverpb.KV"), Some(1.0));
         assert_eq!(count("Range", "etcdserverpb.KV"), Some(0.0));
         assert_eq!(count("Lock", "v3lockpb.Lock"), None);
+    }
+}
+
+/// Counts the messages that a streaming call receives.
+pub struct Received<M: Deref<Target = Metrics> = &'static Metrics> {
+    metrics: M,
+    method: Method,
+}
+
+impl<M: Deref<Target = Metrics>> Received<M> {
+    /// Counts a message; `bytes` as in [`GrpcCall::received`].
+    pub fn count(&self, bytes: usize) {
+        self.metrics.method(self.method).received.increment(1);
+        self.metrics.client_received_bytes.increment(bytes as u64);
     }
 }

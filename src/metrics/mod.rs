@@ -20,7 +20,7 @@ use metrics::{Counter, Gauge, Histogram};
 use parking_lot::RwLock;
 use rustc_hash::FxHashMap;
 
-pub use grpc::{GrpcCall, Method, StreamKind};
+pub use grpc::{GrpcCall, Method, Received, StreamKind};
 pub use process::{OpenFiles, resident_bytes};
 pub use registry::{CounterVec, FloatCounter, GaugeVec, HistogramVec};
 
@@ -539,6 +539,12 @@ request_kinds! {
 }
 
 impl RequestKind {
+    /// The kind of the log entry whose request has this name.
+    pub fn of(name: &str) -> Self {
+        let named = |kind: &&RequestKind| kind.request_type() == name;
+        Self::ALL.iter().find(named).copied().unwrap_or(RequestKind::Unknown)
+    }
+
     /// The label `op` of `etcd_server_apply_duration_seconds`: there etcd writes `unknown` small,
     /// and has no name for AuthStatus.
     pub const fn apply_op(self) -> &'static str {

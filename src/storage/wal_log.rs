@@ -433,7 +433,11 @@ impl WalLog {
         }
     }
 
-    fn flush(&mut self) -> Result<(), WalError> {
+    /// Hands what was appended to the operating system, without waiting for the disk.
+    ///
+    /// # Errors
+    /// `Io`, as [`WalLog::append`].
+    pub fn flush(&mut self) -> Result<(), WalError> {
         if self.buffer.is_empty() {
             return Ok(());
         }

@@ -1,3 +1,8 @@
 //! Sockets and encodings: how clients, peers and scrapers reach the actors.
 
+pub mod grpc;
 pub mod http;
+pub mod listener;
+pub mod member;
+pub mod peer;
+pub mod status;

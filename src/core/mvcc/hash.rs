@@ -40,7 +40,8 @@ impl Snapshot {
         self.changes(view, 0, at, &mut |revision, tombstone, value| {
             let superseded =
                 revision.main <= compacted && !kept.is_empty() && !kept.contains(&revision);
-            if !superseded && !(revision.main == compacted && tombstone) {
+            let closing = revision.main == compacted && tombstone;
+            if !superseded && !closing {
                 hash = crc32c::crc32c_append(hash, &revision_key(revision, tombstone));
                 hash = crc32c::crc32c_append(hash, value);
             }

@@ -1,0 +1,221 @@
+//! The compactor: drops superseded revisions in slices, and compacts by itself when told to.
+//!
+//! in:  `Compacted` from actors/applier.rs, `AwaitCompaction` from transport/grpc/kv.rs
+//! out: `CompactSlice` to actors/applier.rs, `Requests` (a compaction) to actors/raft.rs
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use actix::prelude::*;
+use quorate_proto::etcdserverpb as pb;
+use tokio::sync::oneshot;
+
+use crate::actors::answer;
+use crate::actors::applier::{Applier, Checkpoint, CompactSlice};
+use crate::actors::raft::{Proposal, RaftActor, Requests};
+use crate::actors::shared::Shared;
+use crate::core::autocompact::AutoCompaction;
+use crate::core::command::{Command, Request};
+use crate::metrics::Metrics;
+
+/// A compaction has taken effect; what it superseded is to be dropped.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Compacted(pub i64);
+
+/// Answered when everything superseded up to this revision is gone from the engine.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct AwaitCompaction {
+    pub at: i64,
+    pub reply: oneshot::Sender<()>,
+}
+
+/// How much is dropped at a time.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Revisions a slice.
+    pub batch_limit: usize,
+    /// Pause between slices.
+    pub sleep: Duration,
+}
+
+/// Owns the progress of compactions.
+pub struct Compactor {
+    shared: Arc<Shared>,
+    applier: Addr<Applier>,
+    raft: Addr<RaftActor>,
+    options: Options,
+    auto: AutoCompaction,
+    metrics: &'static Metrics,
+    /// Compactions to do, the first one under way.
+    queue: VecDeque<i64>,
+    running: bool,
+    started: Instant,
+    finished: i64,
+    waiting: Vec<AwaitCompaction>,
+}
+
+impl Compactor {
+    /// A compactor with nothing to do but what `unfinished` names from before the last stop.
+    pub fn new(
+        shared: Arc<Shared>,
+        applier: Addr<Applier>,
+        raft: Addr<RaftActor>,
+        options: Options,
+        auto: AutoCompaction,
+        unfinished: Option<i64>,
+    ) -> Self {
+        Compactor {
+            shared,
+            applier,
+            raft,
+            options,
+            auto,
+            metrics: Metrics::global(),
+            queue: unfinished.into_iter().collect(),
+            running: false,
+            started: Instant::now(),
+            finished: -1,
+            waiting: Vec::new(),
+        }
+    }
+
+    fn start(&mut self, ctx: &mut Context<Self>) {
+        if !self.running && !self.queue.is_empty() {
+            self.running = true;
+            self.started = Instant::now();
+            self.slice(true, ctx);
+        }
+    }
+
+    fn slice(&mut self, first: bool, ctx: &mut Context<Self>) {
+        let Some(&at) = self.queue.front() else { return };
+        let limit = self.options.batch_limit;
+        let sent = Instant::now();
+        let slice = self.applier.send(CompactSlice { at, first, limit }).into_actor(self);
+        ctx.spawn(slice.map(move |sliced, this, ctx| {
+            // No applier, no store: the member is stopping.
+            let Ok(sliced) = sliced else { return };
+            let pause_ms = sent.elapsed().as_secs_f64() * 1000.0;
+            this.metrics.index_compaction_pause_ms.record(pause_ms);
+            this.metrics.db_compaction_pause_ms.record(pause_ms);
+            this.metrics.db_compaction_keys.increment(sliced.dropped as u64);
+            if sliced.done {
+                this.finish(at, ctx);
+            } else {
+                ctx.run_later(this.options.sleep, |this, ctx| this.slice(false, ctx));
+            }
+        }));
+    }
+
+    fn finish(&mut self, at: i64, ctx: &mut Context<Self>) {
+        let took = self.started.elapsed();
+        self.metrics.db_compaction_ms.record(took.as_secs_f64() * 1000.0);
+        let unix = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        self.metrics.db_compaction_last.set(unix.map_or(0.0, |since| since.as_secs_f64().floor()));
+        tracing::info!(
+            "scheduled-compact-revision" = at,
+            took = %crate::config::duration::GoDuration::from(took),
+            "finished scheduled compaction"
+        );
+        self.queue.pop_front();
+        self.running = false;
+        self.finished = self.finished.max(at);
+        self.release_waiting(ctx);
+        self.start(ctx);
+    }
+
+    /// Answers those who wait for what is done, once the engine has it on disk.
+    fn release_waiting(&mut self, ctx: &mut Context<Self>) {
+        let finished = self.finished;
+        let ready: Vec<_> = self.waiting.extract_if(.., |waiting| waiting.at <= finished).collect();
+        if ready.is_empty() {
+            return;
+        }
+        let (reply, durable) = oneshot::channel();
+        self.applier.do_send(Checkpoint(reply));
+        let answer = async move {
+            // A failed checkpoint drops its end; then so do the callers' ends.
+            if durable.await.is_ok() {
+                for waiting in ready {
+                    answer(waiting.reply, ());
+                }
+            }
+        };
+        ctx.spawn(answer.into_actor(self));
+    }
+
+    fn auto_compact(&mut self, ctx: &mut Context<Self>) {
+        let now = self.shared.now();
+        let leading = self.shared.raft.leading.load(Ordering::Acquire);
+        let revision = self.shared.published.load().store.revision();
+        if let Some(at) = self.auto.step(now, revision, leading) {
+            tracing::info!(revision = at, "starting auto compaction");
+            let id = self.shared.next_id();
+            let request = pb::CompactionRequest { revision: at, physical: false };
+            let data = Command::new(id, Request::Compaction(request)).encode();
+            let (reply, done) = oneshot::channel();
+            let proposals = vec![Proposal { id, data, reply }];
+            self.raft.do_send(Requests { proposals, reads: Vec::new() });
+            ctx.spawn(done.into_actor(self).map(move |done, this, _| {
+                use crate::actors::raft::RequestError;
+                use crate::core::apply::ApplyError;
+                let success = matches!(
+                    done,
+                    Ok(Ok(_) | Err(RequestError::Apply(ApplyError::Compacted { .. })))
+                );
+                this.auto.done(this.shared.now(), at, success);
+                if success {
+                    tracing::info!(revision = at, "completed auto compaction");
+                } else {
+                    tracing::warn!(revision = at, "failed auto compaction");
+                }
+            }));
+        }
+        self.schedule_auto(ctx);
+    }
+
+    fn schedule_auto(&mut self, ctx: &mut Context<Self>) {
+        if let Some(at) = self.auto.next_step() {
+            let wait = Duration::from_millis(at.since_ms(self.shared.now()));
+            ctx.run_later(wait, Self::auto_compact);
+        }
+    }
+}
+
+impl Actor for Compactor {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        self.start(ctx);
+        self.auto.start(self.shared.now());
+        self.schedule_auto(ctx);
+    }
+}
+
+impl Handler<Compacted> for Compactor {
+    type Result = ();
+
+    fn handle(&mut self, Compacted(at): Compacted, ctx: &mut Self::Context) {
+        self.queue.push_back(at);
+        self.start(ctx);
+    }
+}
+
+impl Handler<AwaitCompaction> for Compactor {
+    type Result = ();
+
+    fn handle(&mut self, waiting: AwaitCompaction, ctx: &mut Self::Context) {
+        let pending = self.queue.back().is_some_and(|last| *last >= waiting.at);
+        self.waiting.push(waiting);
+        if !pending {
+            // Its compaction is done already, or there is none that is not.
+            self.finished =
+                self.finished.max(self.shared.published.load().store.compact_revision());
+            self.release_waiting(ctx);
+        }
+    }
+}

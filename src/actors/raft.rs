@@ -1,0 +1,445 @@
+//! The raft actor: ticks and steps the node, and hands out what it decides.
+//!
+//! in:  `Requests` from transport, `Persisted` from actors/wal.rs, `Applied` and `ConfChanged` from
+//!      actors/applier.rs, `CompactLog` from actors/snapshot.rs
+//! out: `Append` to actors/wal.rs, `Apply` to actors/applier.rs, `LeaderChanged` to actors/lease.rs
+//!
+//! It never blocks on a disk. Persist, then apply: the node hands out committed entries only after
+//! `Persisted` has told it that this member holds them.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use actix::prelude::*;
+use bytes::Bytes;
+use quorate_proto::raftpb;
+use tokio::sync::oneshot;
+
+use crate::actors::answer;
+use crate::actors::applier::{Applier, Apply};
+use crate::actors::exit::Exit;
+use crate::actors::lease::LeaderChanged;
+use crate::actors::shared::Shared;
+use crate::actors::wal::{APPENDS_IN_FLIGHT, Append, Persisted, WalWriter};
+use crate::core::apply::{ApplyError, Reply};
+use crate::core::raft::{Node, Output, ProposeError};
+use crate::core::types::{Index, MemberId, Term};
+use crate::metrics::Metrics;
+
+/// A request for the log.
+pub struct Proposal {
+    pub id: u64,
+    pub data: Bytes,
+    pub reply: oneshot::Sender<Answer>,
+}
+
+/// What became of a proposal once this member applied it.
+pub type Answer = Result<Answered, RequestError>;
+
+/// A reply with the term of the entry that made it.
+#[derive(Debug)]
+pub struct Answered {
+    pub reply: Reply,
+    pub term: Term,
+}
+
+/// Why a request is not answered.
+#[derive(thiserror::Error, Debug)]
+pub enum RequestError {
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+    /// Applied, but the space quota is exceeded.
+    #[error("request was executed and exceeds the space quota")]
+    OverQuota,
+    #[error("a leader transfer is in progress")]
+    Transferring,
+    #[error("the leader changed while the read index was asked for")]
+    LeaderChanged,
+    #[error("no leader is known")]
+    NoLeader,
+    #[error("request took longer than the request timeout")]
+    TimedOut,
+    #[error("too many entries are committed but not applied")]
+    TooManyRequests,
+    #[error("request is larger than the log takes")]
+    TooLarge,
+    #[error("member is stopping")]
+    Stopped,
+}
+
+/// Told when everything that was committed before its arrival can be read here.
+pub type ReadWaiter = oneshot::Sender<Result<(), RequestError>>;
+
+/// Everything that a transport thread has gathered in one turn of its loop.
+#[derive(Message, Default)]
+#[rtype(result = "()")]
+pub struct Requests {
+    pub proposals: Vec<Proposal>,
+    pub reads: Vec<ReadWaiter>,
+}
+
+/// The applier has applied everything up to this index, and published it.
+#[derive(Message, Clone, Copy, PartialEq, Eq, Debug)]
+#[rtype(result = "()")]
+pub struct Applied(pub Index);
+
+/// A configuration change was applied; `None` if it was refused.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct ConfChanged(pub Option<raftpb::ConfChange>);
+
+/// Entries up to this index are no longer needed in memory.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct CompactLog(pub Index);
+
+/// Hands leadership to another member.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct TransferLeader(pub MemberId);
+
+#[derive(Message)]
+#[rtype(result = "()")]
+struct Drive;
+
+/// Requests that wait here; a transport thread sends one message per turn of its loop and holds back
+/// while the mailbox is full.
+pub const MAILBOX: usize = 1024;
+/// `Apply` messages that the applier may have waiting. More committed entries are kept here and
+/// merged, so that a slow applier sees few large batches.
+const APPLIES_IN_FLIGHT: usize = 4;
+/// A read index that got no answer is asked for again (v3-api 6.3).
+const READ_RETRY: Duration = Duration::from_millis(500);
+/// Work gathered before the node is driven without waiting for the mailbox to run dry.
+const DRIVE_AFTER: usize = 1024;
+
+/// How the node runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    pub tick: Duration,
+    /// Entries kept in memory behind the applied index for slow followers.
+    pub catch_up_entries: u64,
+}
+
+struct Round {
+    context: u64,
+    term: u64,
+    asked: std::time::Instant,
+    waiters: Vec<ReadWaiter>,
+}
+
+/// Owns the raft node.
+pub struct RaftActor {
+    node: Node,
+    shared: Arc<Shared>,
+    wal: Addr<WalWriter>,
+    applier: Addr<Applier>,
+    leases: Recipient<LeaderChanged>,
+    exit: Exit,
+    options: Options,
+    metrics: &'static Metrics,
+
+    drive_due: bool,
+    work: usize,
+    appends: usize,
+    applies: usize,
+    committed: Vec<raftpb::Entry>,
+    /// Waiters for proposals, to travel with the next `Apply`.
+    waiters: Vec<(u64, oneshot::Sender<Answer>)>,
+    /// Proposals that wait for a leader; their callers give up by themselves.
+    parked: VecDeque<Proposal>,
+    reads: Vec<ReadWaiter>,
+    round: Option<Round>,
+    /// Reads whose index is known but not applied yet, by index.
+    unapplied: VecDeque<(Index, Vec<ReadWaiter>)>,
+}
+
+/// What the actor is connected to.
+pub struct Links {
+    pub shared: Arc<Shared>,
+    pub wal: Addr<WalWriter>,
+    pub applier: Addr<Applier>,
+    pub leases: Recipient<LeaderChanged>,
+    pub exit: Exit,
+}
+
+impl RaftActor {
+    /// An actor around a restored node.
+    pub fn new(node: Node, links: Links, options: Options) -> Self {
+        RaftActor {
+            node,
+            shared: links.shared,
+            wal: links.wal,
+            applier: links.applier,
+            leases: links.leases,
+            exit: links.exit,
+            options,
+            metrics: Metrics::global(),
+            drive_due: false,
+            work: 0,
+            appends: 0,
+            applies: 0,
+            committed: Vec::new(),
+            waiters: Vec::new(),
+            parked: VecDeque::new(),
+            reads: Vec::new(),
+            round: None,
+            unapplied: VecDeque::new(),
+        }
+    }
+
+    /// Drives the node once the mailbox is empty, so that a turn's work is one batch.
+    fn drive_soon(&mut self, ctx: &mut Context<Self>) {
+        self.work += 1;
+        if self.work >= DRIVE_AFTER {
+            self.drive();
+        } else if !self.drive_due {
+            self.drive_due = true;
+            ctx.notify(Drive);
+        }
+    }
+
+    fn propose(&mut self, proposal: Proposal) {
+        if proposal.reply.is_closed() {
+            return;
+        }
+        match self.node.propose(proposal.data.clone()) {
+            Ok(()) => self.waiters.push((proposal.id, proposal.reply)),
+            Err(ProposeError::NoLeader) => self.parked.push_back(proposal),
+            Err(error) => {
+                self.metrics.proposals_failed.increment(1);
+                let error = match error {
+                    ProposeError::Transferring => RequestError::Transferring,
+                    _ => RequestError::Stopped,
+                };
+                // A caller that is gone needs no answer.
+                answer(proposal.reply, Err(error));
+            }
+        }
+    }
+
+    fn drive(&mut self) {
+        self.work = 0;
+        if self.exit.failed() {
+            return;
+        }
+        self.start_read_round();
+        while self.appends < APPENDS_IN_FLIGHT && self.node.has_output() {
+            let output = self.node.output();
+            self.handle(output);
+            self.start_read_round();
+        }
+        self.hand_out_committed();
+    }
+
+    fn handle(&mut self, output: Output) {
+        if let Some(change) = output.leader {
+            self.leader_changed(change.leader);
+        }
+        if output.number.is_some() || output.hard_state.is_some() || !output.entries.is_empty() {
+            self.appends += usize::from(output.number.is_some());
+            self.wal.do_send(Append {
+                number: output.number,
+                entries: output.entries,
+                hard_state: output.hard_state,
+                must_sync: output.must_sync,
+            });
+        }
+        self.committed.extend(output.committed);
+        for read in output.reads {
+            self.read_index_known(read.context, read.index);
+        }
+        let status = self.node.status();
+        let view = &self.shared.raft;
+        view.term.store(status.term.0, Ordering::Release);
+        view.committed.store(status.commit.0, Ordering::Release);
+        self.metrics.proposals_committed.set(status.commit.0 as f64);
+    }
+
+    fn leader_changed(&mut self, leader: MemberId) {
+        let view = &self.shared.raft;
+        let leading = leader == self.shared.member_id;
+        let before = view.leader.swap(leader.0, Ordering::AcqRel);
+        let led = view.leading.swap(leading, Ordering::AcqRel);
+        self.metrics.has_leader.set(f64::from(u8::from(leader.0 != 0)));
+        self.metrics.is_leader.set(f64::from(u8::from(leading)));
+        if leader.0 != 0 && leader.0 != before {
+            self.metrics.leader_changes.increment(1);
+            let term = self.node.status().term;
+            tracing::info!(
+                logger = "raft",
+                "elected leader {leader} at term {term}, seen by {}",
+                self.shared.member_id
+            );
+        }
+        if led && !leading {
+            self.leases.do_send(LeaderChanged { leading: false, term: self.node.status().term });
+        }
+        if let Some(round) = self.round.take() {
+            for waiter in round.waiters {
+                answer(waiter, Err(RequestError::LeaderChanged));
+            }
+        }
+        if leader.0 != 0 {
+            for proposal in std::mem::take(&mut self.parked) {
+                self.propose(proposal);
+            }
+        }
+    }
+
+    /// Starts a read-index round for everything that waits, unless one is under way: later reads
+    /// wait for the next round (v3-api 6.3).
+    fn start_read_round(&mut self) {
+        if self.round.is_some() || self.reads.is_empty() || self.shared.leader().is_none() {
+            return;
+        }
+        let context = self.shared.next_id();
+        self.round = Some(Round {
+            context,
+            term: self.node.status().term.0,
+            asked: std::time::Instant::now(),
+            waiters: std::mem::take(&mut self.reads),
+        });
+        self.node.read_index(context);
+    }
+
+    fn read_index_known(&mut self, context: u64, index: Index) {
+        let Some(round) = self.round.take_if(|round| round.context == context) else { return };
+        if index <= self.shared.published.load().applied {
+            for waiter in round.waiters {
+                answer(waiter, Ok(()));
+            }
+        } else {
+            self.unapplied.push_back((index, round.waiters));
+        }
+    }
+
+    fn hand_out_committed(&mut self) {
+        if self.committed.is_empty() || self.applies >= APPLIES_IN_FLIGHT {
+            return;
+        }
+        self.applies += 1;
+        self.applier.do_send(Apply {
+            entries: std::mem::take(&mut self.committed),
+            waiters: std::mem::take(&mut self.waiters),
+        });
+    }
+
+    /// A cluster of one need not wait for an election timeout. It can campaign once every
+    /// configuration change in its log is applied.
+    fn campaign_if_alone(&mut self) {
+        let alone = self.node.conf_state().voters == [self.shared.member_id.0];
+        if alone
+            && self.shared.leader().is_none()
+            && self.node.last_applied() == self.node.committed()
+        {
+            self.node.campaign();
+        }
+    }
+
+    fn tick(&mut self, ctx: &mut Context<Self>) {
+        self.node.tick();
+        self.parked.retain(|proposal| !proposal.reply.is_closed());
+        self.reads.retain(|waiter| !waiter.is_closed());
+        if let Some(round) = &mut self.round
+            && round.asked.elapsed() >= READ_RETRY
+        {
+            self.metrics.slow_read_indexes.increment(1);
+            round.asked = std::time::Instant::now();
+            round.term = self.node.status().term.0;
+            self.node.retry_reads();
+        }
+        if let Some(waiters) = self.round.as_mut().map(|round| &mut round.waiters) {
+            waiters.retain(|waiter| !waiter.is_closed());
+            if waiters.is_empty() {
+                self.round = None;
+            }
+        }
+        self.drive_soon(ctx);
+    }
+}
+
+impl Actor for RaftActor {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        ctx.run_interval(self.options.tick, Self::tick);
+        self.campaign_if_alone();
+        self.drive_soon(ctx);
+    }
+}
+
+impl Handler<Drive> for RaftActor {
+    type Result = ();
+
+    fn handle(&mut self, _: Drive, _: &mut Self::Context) {
+        self.drive_due = false;
+        self.drive();
+    }
+}
+
+impl Handler<Requests> for RaftActor {
+    type Result = ();
+
+    fn handle(&mut self, requests: Requests, ctx: &mut Self::Context) {
+        self.work += requests.proposals.len();
+        for proposal in requests.proposals {
+            self.propose(proposal);
+        }
+        self.reads.extend(requests.reads);
+        self.drive_soon(ctx);
+    }
+}
+
+impl Handler<Persisted> for RaftActor {
+    type Result = ();
+
+    fn handle(&mut self, Persisted(number): Persisted, ctx: &mut Self::Context) {
+        self.node.persisted(number);
+        self.appends = self.node.in_flight();
+        self.drive_soon(ctx);
+    }
+}
+
+impl Handler<Applied> for RaftActor {
+    type Result = ();
+
+    fn handle(&mut self, Applied(index): Applied, ctx: &mut Self::Context) {
+        self.applies -= 1;
+        self.node.applied(index);
+        self.campaign_if_alone();
+        while let Some((_, waiters)) = self.unapplied.pop_front_if(|(needed, _)| *needed <= index) {
+            for waiter in waiters {
+                answer(waiter, Ok(()));
+            }
+        }
+        let keep = self.options.catch_up_entries;
+        // Compacting moves memory, so it is done for a thousand entries at a time.
+        if index.0.saturating_sub(self.node.first_index().0) > keep + 1000 {
+            self.node.compact(Index(index.0 - keep));
+        }
+        self.drive_soon(ctx);
+    }
+}
+
+impl Handler<ConfChanged> for RaftActor {
+    type Result = ();
+
+    fn handle(&mut self, ConfChanged(change): ConfChanged, ctx: &mut Self::Context) {
+        if let Err(error) = self.node.apply_conf_change(change.as_ref()) {
+            return self.exit.fail("raft", &error);
+        }
+        self.drive_soon(ctx);
+    }
+}
+
+impl Handler<TransferLeader> for RaftActor {
+    type Result = ();
+
+    fn handle(&mut self, TransferLeader(to): TransferLeader, ctx: &mut Self::Context) {
+        self.node.transfer_leader(to);
+        self.drive_soon(ctx);
+    }
+}

@@ -1,0 +1,209 @@
+//! What actors publish for readers: never a mailbox, never a lock on the read path.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+use engine_api::Engine;
+
+use crate::core::alarm::Alarms;
+use crate::core::apply::Machine;
+use crate::core::event::{Event, History, HistoryError};
+use crate::core::lease::LeaseTable;
+use crate::core::membership::Membership;
+use crate::core::mvcc::history::event;
+use crate::core::mvcc::{ReadError, Snapshot, Values};
+use crate::core::types::{ClusterId, Index, MemberId, Term, Uptime};
+use quorate_proto::KeyValueBytes;
+
+/// All replicated state after one applied batch of entries.
+#[derive(Clone)]
+pub struct Published {
+    pub store: Snapshot,
+    pub leases: LeaseTable,
+    pub alarms: Arc<Alarms>,
+    pub members: Arc<Membership>,
+    pub applied: Index,
+    /// Term of the last applied entry.
+    pub term: Term,
+}
+
+impl Published {
+    /// What `machine` holds now; alarms and members are taken from `previous` unless they changed.
+    pub fn of(machine: &Machine, previous: Option<(&Published, bool, bool)>) -> Self {
+        let (alarms, members) = match previous {
+            Some((previous, alarms_changed, members_changed)) => (
+                (!alarms_changed).then(|| previous.alarms.clone()),
+                (!members_changed).then(|| previous.members.clone()),
+            ),
+            None => (None, None),
+        };
+        Published {
+            store: machine.store.now().clone(),
+            leases: machine.leases.clone(),
+            alarms: alarms.unwrap_or_else(|| Arc::new(machine.alarms.clone())),
+            members: members.unwrap_or_else(|| Arc::new(machine.members.clone())),
+            applied: machine.applied(),
+            term: machine.term(),
+        }
+    }
+}
+
+/// The raft node's view of the world, for status and gates.
+#[derive(Default)]
+pub struct RaftView {
+    /// 0 while no leader is known.
+    pub leader: AtomicU64,
+    pub term: AtomicU64,
+    /// The last committed index.
+    pub committed: AtomicU64,
+    /// This member leads.
+    pub leading: AtomicBool,
+}
+
+/// One member's shared state.
+pub struct Shared {
+    pub cluster_id: ClusterId,
+    pub member_id: MemberId,
+    pub engine: Arc<dyn Engine>,
+    pub published: ArcSwap<Published>,
+    pub raft: RaftView,
+    /// Set while the engine gives space back.
+    pub defragmenting: AtomicBool,
+    started: Instant,
+    next_request: AtomicU64,
+}
+
+impl Shared {
+    /// The state of a member that has just read its data directory.
+    pub fn new(
+        cluster_id: ClusterId,
+        member_id: MemberId,
+        engine: Arc<dyn Engine>,
+        published: Published,
+    ) -> Self {
+        let unix_ms = std::time::SystemTime::now()
+            .duration_since(std::time::UNIX_EPOCH)
+            .map_or(0, |since| since.as_millis() as u64);
+        // Two bytes of the member, five of the time, one that counts and carries (v3-api 6.1).
+        let first = (member_id.0 << 48) | ((unix_ms << 8) & 0x0000_ffff_ffff_ff00);
+        Shared {
+            cluster_id,
+            member_id,
+            engine,
+            published: ArcSwap::from_pointee(published),
+            raft: RaftView::default(),
+            defragmenting: AtomicBool::new(false),
+            started: Instant::now(),
+            next_request: AtomicU64::new(first),
+        }
+    }
+
+    /// A request ID that no other request of the cluster has.
+    pub fn next_id(&self) -> u64 {
+        self.next_request.fetch_add(1, Ordering::Relaxed).wrapping_add(1)
+    }
+
+    /// The clock that core is given.
+    pub fn now(&self) -> Uptime {
+        Uptime(self.started.elapsed().as_millis() as u64)
+    }
+
+    /// The member that leads, as far as this one knows.
+    pub fn leader(&self) -> Option<MemberId> {
+        match self.raft.leader.load(Ordering::Acquire) {
+            0 => None,
+            id => Some(MemberId(id)),
+        }
+    }
+
+    /// Entries committed but not applied: the measure of the "too many requests" gate.
+    pub fn apply_lag(&self) -> u64 {
+        let applied = self.published.load().applied.0;
+        self.raft.committed.load(Ordering::Acquire).saturating_sub(applied)
+    }
+}
+
+/// History as a watcher reads it: always the newest published state.
+pub struct SharedHistory<'a> {
+    shared: &'a Shared,
+    now: arc_swap::Guard<Arc<Published>>,
+}
+
+impl<'a> SharedHistory<'a> {
+    /// The history published last.
+    pub fn new(shared: &'a Shared) -> Self {
+        SharedHistory { shared, now: shared.published.load() }
+    }
+}
+
+impl History for SharedHistory<'_> {
+    fn revision(&self) -> i64 {
+        self.now.store.revision()
+    }
+
+    fn compact_revision(&self) -> i64 {
+        self.now.store.compact_revision()
+    }
+
+    fn changes(
+        &self,
+        from: i64,
+        to: i64,
+        visit: &mut dyn FnMut(Event) -> bool,
+    ) -> Result<(), HistoryError> {
+        use std::ops::ControlFlow;
+        let view = self.shared.engine.view()?;
+        // Deletions that the view shows belong to a compaction that was published before them, so a
+        // look at the newest state tells whether this range is still whole.
+        let compacted = self.shared.published.load().store.compact_revision();
+        if from < compacted {
+            return Err(HistoryError::Compacted { asked: from, compacted });
+        }
+        let mut damaged = None;
+        let result =
+            self.now.store.changes(
+                &*view,
+                from,
+                to,
+                &mut |revision, tombstone, value| match event(revision, tombstone, value) {
+                    Ok(event) => match visit(event) {
+                        true => ControlFlow::Continue(()),
+                        false => ControlFlow::Break(()),
+                    },
+                    Err(error) => {
+                        damaged = Some(error);
+                        ControlFlow::Break(())
+                    }
+                },
+            );
+        match damaged.map_or(result, Err) {
+            Ok(()) => Ok(()),
+            Err(error) => Err(storage(error)),
+        }
+    }
+
+    fn value_at(&self, key: &[u8], at: i64) -> Result<Option<KeyValueBytes>, HistoryError> {
+        let store = &self.now.store;
+        if at < self.shared.published.load().store.compact_revision() {
+            return Ok(None);
+        }
+        let Some(found) = store.find(key, at) else { return Ok(None) };
+        match store.value(&Values::new(&*self.shared.engine), found.modified) {
+            Ok(value) => Ok(Some(value)),
+            Err(ReadError::Superseded(_)) => Ok(None),
+            Err(error) => Err(storage(error)),
+        }
+    }
+}
+
+fn storage(error: ReadError) -> HistoryError {
+    match error {
+        ReadError::Storage(error) => HistoryError::Storage(error),
+        other => HistoryError::Storage(engine_api::EngineError::Corrupt {
+            at: "table key".into(),
+            what: other.to_string(),
+        }),
+    }
+}

@@ -1,0 +1,152 @@
+//! The snapshotter: records that the engine has reached an index, so that the log before it can go.
+//!
+//! in:  `TakeSnapshot` from actors/applier.rs, after the engine has that index on disk
+//! out: `SaveSnapshot` and `Release` to actors/wal.rs
+//!
+//! Order that may never change: engine on disk, then `.snap` file on disk, then its WAL record, then
+//! release. An orphan `.snap` is harmless; a WAL record without its file is not.
+//!
+//! It also purges old files, every 30 s (formats-and-peers 1.8).
+
+use std::error::Error;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use actix::prelude::*;
+use quorate_proto::{raftpb, walpb};
+
+use crate::actors::disk::SharedDisk;
+use crate::actors::exit::Exit;
+use crate::actors::wal::{Release, SaveSnapshot, WalWriter};
+use crate::core::membership::Membership;
+use crate::core::snap::{V2Member, V2Membership};
+use crate::core::types::{Index, Term};
+use crate::metrics::Metrics;
+use crate::storage::snap_dir::{SnapDir, SnapError};
+use crate::storage::wal_log;
+
+/// The engine holds everything up to `index` on disk; `members` are those at that index.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct TakeSnapshot {
+    pub index: Index,
+    pub term: Term,
+    pub members: Arc<Membership>,
+}
+
+const PURGE_INTERVAL: Duration = Duration::from_secs(30);
+
+/// Where files are and how many stay.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub wal_dir: PathBuf,
+    /// `.snap` files kept; 0 for all.
+    pub max_snapshots: usize,
+    /// WAL segments kept; 0 for all.
+    pub max_wals: usize,
+}
+
+/// Owns the snapshot directory.
+pub struct Snapshotter {
+    disk: SharedDisk,
+    snapshots: SnapDir,
+    wal: Addr<WalWriter>,
+    exit: Exit,
+    options: Options,
+    metrics: &'static Metrics,
+}
+
+impl Snapshotter {
+    /// A snapshotter for `snapshots` and the log in `options`.
+    pub fn new(
+        disk: SharedDisk,
+        snapshots: SnapDir,
+        wal: Addr<WalWriter>,
+        exit: Exit,
+        options: Options,
+    ) -> Self {
+        Snapshotter { disk, snapshots, wal, exit, options, metrics: Metrics::global() }
+    }
+
+    fn take(&self, snapshot: &TakeSnapshot) -> Result<(), SnapError> {
+        let started = std::time::Instant::now();
+        let conf_state = snapshot.members.conf_state();
+        let raft = raftpb::Snapshot {
+            data: v2_membership(&snapshot.members).to_v2_store().into(),
+            metadata: Some(raftpb::SnapshotMetadata {
+                conf_state: Some(conf_state.clone()),
+                index: snapshot.index.0,
+                term: snapshot.term.0,
+            }),
+        };
+        self.snapshots.save(&raft)?;
+        self.metrics.snap_save_seconds.record(started.elapsed());
+        self.metrics.snap_fsync_seconds.record(started.elapsed());
+        tracing::info!("snapshot-index" = snapshot.index.0, "saved snapshot to disk");
+        self.wal.do_send(SaveSnapshot(walpb::Snapshot {
+            index: Some(snapshot.index.0),
+            term: Some(snapshot.term.0),
+            conf_state: Some(conf_state),
+        }));
+        self.wal.do_send(Release(snapshot.index));
+        Ok(())
+    }
+
+    fn purge(&mut self, _: &mut Context<Self>) {
+        if let Err(error) = self.purge_all() {
+            self.exit.fail("purge", &*error);
+        }
+    }
+
+    fn purge_all(&self) -> Result<(), Box<dyn Error>> {
+        let Options { wal_dir, max_snapshots, max_wals } = &self.options;
+        let mut removed = Vec::new();
+        if *max_snapshots > 0 {
+            removed.extend(self.snapshots.purge(*max_snapshots)?);
+        }
+        if *max_wals > 0 {
+            removed.extend(wal_log::purge(&*self.disk, wal_dir, *max_wals)?);
+        }
+        for path in removed {
+            tracing::info!(path = %path.display(), "purged");
+        }
+        Ok(())
+    }
+}
+
+/// The members as the v2 store wrote them, for readers older than 3.7.
+pub fn v2_membership(members: &Membership) -> V2Membership {
+    V2Membership {
+        members: members
+            .members()
+            .map(|member| V2Member {
+                id: member.id,
+                peer_urls: member.peer_urls.clone(),
+                is_learner: member.is_learner,
+                name: member.name.clone(),
+                client_urls: member.client_urls.clone(),
+            })
+            .collect(),
+        removed: members.removed().map(|id| id.0).collect(),
+        cluster_version: members.cluster_version.map(|version| version.to_string()),
+    }
+}
+
+impl Actor for Snapshotter {
+    type Context = Context<Self>;
+
+    fn started(&mut self, ctx: &mut Self::Context) {
+        ctx.run_interval(PURGE_INTERVAL, Self::purge);
+    }
+}
+
+impl Handler<TakeSnapshot> for Snapshotter {
+    type Result = ();
+
+    fn handle(&mut self, snapshot: TakeSnapshot, _: &mut Self::Context) {
+        if let Err(error) = self.take(&snapshot) {
+            self.exit.fail("snapshot", &error);
+        }
+    }
+}

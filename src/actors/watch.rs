@@ -1,0 +1,237 @@
+//! The watch hub's shell: events in, responses to the streams that match.
+//!
+//! in:  `Events` from actors/applier.rs; `Open`, `Ask`, `Delivered`, `Close` from
+//!      transport/grpc/watch.rs
+//! out: responses into each stream's own channel, whose depth the hub's credits bound
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use actix::prelude::*;
+use quorate_proto::etcdserverpb::{WatchRequest, WatchResponse};
+use tokio::sync::mpsc;
+
+use crate::actors::exit::Exit;
+use crate::actors::shared::{Shared, SharedHistory};
+use crate::core::event::{Event, HistoryError};
+use crate::core::watch::{Hub, StreamId};
+use crate::metrics::Metrics;
+
+/// Changes just applied: whole main revisions, in order, up to `revision`.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Events {
+    pub revision: i64,
+    pub events: Vec<Event>,
+    /// A compaction at this revision took effect among them.
+    pub compacted: Option<i64>,
+}
+
+/// A client opened a stream; its responses go into `responses`.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Open {
+    pub stream: StreamId,
+    /// Unbounded as a type; the hub keeps at most 128 responses of events in flight in it.
+    pub responses: mpsc::UnboundedSender<WatchResponse>,
+}
+
+/// A request of a stream. Answers whether the stream has room, so that its next one is to be read.
+#[derive(Message)]
+#[rtype(result = "bool")]
+pub struct Ask {
+    pub stream: StreamId,
+    pub request: WatchRequest,
+}
+
+/// Whether a stream has room for answers. One that is closed has: nothing is kept for it.
+#[derive(Message)]
+#[rtype(result = "bool")]
+pub struct HasRoom(pub StreamId);
+
+/// The stream has handed this many responses to the connection.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Delivered {
+    pub stream: StreamId,
+    pub count: usize,
+}
+
+/// The stream has ended.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Close(pub StreamId);
+
+#[derive(Message)]
+#[rtype(result = "()")]
+struct CatchUp;
+
+/// How often watchers that are behind are looked at when a look brought nothing (v3-api 3.8).
+const CATCH_UP_INTERVAL: Duration = Duration::from_millis(10);
+/// Revisions that one look may read, so that a long history does not hold up live events.
+const CATCH_UP_BUDGET: usize = 10_000;
+/// Metrics are refreshed when something happens, but not more often.
+const STATS_INTERVAL: Duration = Duration::from_millis(250);
+
+/// Owns all watchers.
+pub struct WatchHub {
+    hub: Hub,
+    shared: Arc<Shared>,
+    exit: Exit,
+    metrics: &'static Metrics,
+    streams: HashMap<StreamId, mpsc::UnboundedSender<WatchResponse>>,
+    catch_up_due: bool,
+    tick_due: bool,
+    stats_due: bool,
+    events_counted: u64,
+}
+
+impl WatchHub {
+    /// A shell around `hub`.
+    pub fn new(hub: Hub, shared: Arc<Shared>, exit: Exit) -> Self {
+        WatchHub {
+            hub,
+            shared,
+            exit,
+            metrics: Metrics::global(),
+            streams: HashMap::new(),
+            catch_up_due: false,
+            tick_due: false,
+            stats_due: false,
+            events_counted: 0,
+        }
+    }
+
+    /// Hands out what the hub decided and looks after its timers.
+    fn after(&mut self, result: Result<(), HistoryError>, ctx: &mut Context<Self>) {
+        if let Err(error) = result {
+            return self.exit.fail("watch hub", &error);
+        }
+        for (stream, response) in self.hub.drain() {
+            if let Some(responses) = self.streams.get(&stream) {
+                // A stream that is going away tells so itself by `Close`.
+                responses.send(response).ok();
+            }
+        }
+        if self.hub.has_backlog() && !self.catch_up_due {
+            self.catch_up_due = true;
+            ctx.notify(CatchUp);
+        }
+        if !self.tick_due
+            && let Some(at) = self.hub.next_deadline()
+        {
+            self.tick_due = true;
+            let wait = Duration::from_millis(at.since_ms(self.shared.now()));
+            ctx.run_later(wait, |this, ctx| {
+                this.tick_due = false;
+                this.hub.tick(this.shared.now());
+                this.after(Ok(()), ctx);
+            });
+        }
+        if !self.stats_due {
+            self.stats_due = true;
+            ctx.run_later(STATS_INTERVAL, |this, _| {
+                this.stats_due = false;
+                this.show_stats();
+            });
+        }
+    }
+
+    fn show_stats(&mut self) {
+        let stats = self.hub.stats();
+        self.metrics.watch_streams.set(stats.streams as f64);
+        self.metrics.watchers.set(stats.watchers as f64);
+        self.metrics.slow_watchers.set(stats.slow_watchers as f64);
+        self.metrics.pending_events.set(stats.pending_events as f64);
+        self.metrics.events.increment(stats.events_sent - self.events_counted);
+        self.events_counted = stats.events_sent;
+    }
+}
+
+impl Actor for WatchHub {
+    type Context = Context<Self>;
+}
+
+impl Handler<Events> for WatchHub {
+    type Result = ();
+
+    fn handle(&mut self, events: Events, ctx: &mut Self::Context) {
+        let history = SharedHistory::new(&self.shared);
+        let result = self.hub.events(events.revision, &events.events, &history);
+        if let Some(at) = events.compacted {
+            self.hub.compacted(at);
+        }
+        drop(history);
+        self.after(result, ctx);
+    }
+}
+
+impl Handler<Open> for WatchHub {
+    type Result = ();
+
+    fn handle(&mut self, open: Open, _: &mut Self::Context) {
+        self.hub.open(open.stream, self.shared.now());
+        self.streams.insert(open.stream, open.responses);
+    }
+}
+
+impl Handler<HasRoom> for WatchHub {
+    type Result = bool;
+
+    fn handle(&mut self, HasRoom(stream): HasRoom, _: &mut Self::Context) -> bool {
+        !self.streams.contains_key(&stream) || self.hub.has_room(stream)
+    }
+}
+
+impl Handler<Ask> for WatchHub {
+    type Result = bool;
+
+    fn handle(&mut self, ask: Ask, ctx: &mut Self::Context) -> bool {
+        let stream = ask.stream;
+        let history = SharedHistory::new(&self.shared);
+        self.hub.request(stream, ask.request, Ok(()), &history, self.shared.now());
+        drop(history);
+        self.after(Ok(()), ctx);
+        !self.streams.contains_key(&stream) || self.hub.has_room(stream)
+    }
+}
+
+impl Handler<Delivered> for WatchHub {
+    type Result = ();
+
+    fn handle(&mut self, delivered: Delivered, ctx: &mut Self::Context) {
+        if self.streams.contains_key(&delivered.stream) {
+            self.hub.delivered(delivered.stream, delivered.count);
+            self.after(Ok(()), ctx);
+        }
+    }
+}
+
+impl Handler<Close> for WatchHub {
+    type Result = ();
+
+    fn handle(&mut self, Close(stream): Close, ctx: &mut Self::Context) {
+        if self.streams.remove(&stream).is_some() {
+            self.hub.close(stream);
+            self.after(Ok(()), ctx);
+        }
+    }
+}
+
+impl Handler<CatchUp> for WatchHub {
+    type Result = ();
+
+    fn handle(&mut self, _: CatchUp, ctx: &mut Self::Context) {
+        self.catch_up_due = false;
+        let history = SharedHistory::new(&self.shared);
+        let result = self.hub.catch_up(&history, CATCH_UP_BUDGET).map(|_| ());
+        drop(history);
+        if self.hub.has_backlog() && !self.catch_up_due {
+            // Live events come in between two looks.
+            self.catch_up_due = true;
+            ctx.notify_later(CatchUp, CATCH_UP_INTERVAL);
+        }
+        self.after(result, ctx);
+    }
+}

@@ -1,0 +1,929 @@
+//! The member as a process: reads its directory, starts the actors, serves, and stops them in reverse.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::{Duration, Instant};
+
+use actix::prelude::*;
+use axum::Router;
+use engine_api::{Engine, Table};
+use nix::sys::signal::{SigHandler, Signal};
+use prost::Message as _;
+use quorate_proto::{membershippb, raftpb, walpb};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::actors::applier::{self, Applier, Checkpoint};
+use crate::actors::committer::BatchCommitter;
+use crate::actors::compactor::{self, Compactor};
+use crate::actors::disk::{OsDisk, SharedDisk};
+use crate::actors::exit::{Exit, Reason};
+use crate::actors::lease::LeaseManager;
+use crate::actors::raft::{self, RaftActor};
+use crate::actors::shared::{Published, Shared};
+use crate::actors::snapshot::{self, Snapshotter};
+use crate::actors::spawn::{Seat, arbiter};
+use crate::actors::wal::{self, Close, WalWriter};
+use crate::actors::watch::WatchHub;
+use crate::cli::ETCD_VERSION;
+use crate::config::{Config, EngineKind, Gate, Origins, Retention, Url};
+use crate::core::apply::{Machine, STORAGE_VERSION};
+use crate::core::autocompact::{self, AutoCompaction};
+use crate::core::command::Request;
+use crate::core::lease::{CHECKPOINT_INTERVAL_MS, LessorOptions, min_ttl};
+use crate::core::membership::{
+    ChangeContext, Member as MemberRecord, Membership, Version, cluster_id, member_id,
+};
+use crate::core::quota::Quota;
+use crate::core::raft::{Config as RaftConfig, Node, Restored};
+use crate::core::types::{ClusterId, Index, MemberId, Term};
+use crate::core::watch::{Hub, HubOptions};
+use crate::logging::{self, Logging};
+use crate::metrics::Metrics;
+use crate::storage::lock::DataDirLock;
+use crate::storage::snap_dir::SnapDir;
+use crate::storage::wal_log::{self, Recovered, WalLog};
+use crate::transport::http::member::HttpMember;
+use crate::transport::http::status::{ClientRules, client_router, metrics_router};
+use crate::transport::listener::{self, Bound, Served, Services, Workers};
+use crate::transport::member::{Limits, Member};
+use crate::transport::peer;
+
+/// File descriptors that are kept for everything but client connections (operations 1.4).
+const RESERVED_FILES: u64 = 150;
+/// A gRPC message may be larger than a request by this much (v3-api section 5).
+const GRPC_OVERHEAD: usize = 512 * 1024;
+/// How often gauges that nobody sets by himself are refreshed.
+const GAUGE_INTERVAL: Duration = Duration::from_secs(1);
+/// Transport threads at most: more do not help while one thread applies.
+const TRANSPORT_THREADS_MAX: usize = 8;
+
+/// Why a member does not start.
+#[derive(thiserror::Error, Debug)]
+enum StartError {
+    #[error("{0}")]
+    Refused(String),
+    #[error(transparent)]
+    Lock(#[from] crate::storage::lock::LockError),
+    #[error(transparent)]
+    Wal(#[from] wal_log::WalError),
+    #[error(transparent)]
+    Snapshots(#[from] crate::storage::snap_dir::SnapError),
+    #[error("storage engine: {0}")]
+    Engine(#[from] engine_api::EngineError),
+    #[error("raft log: {0}")]
+    Raft(#[from] crate::core::raft::RaftError),
+    #[error(transparent)]
+    Bind(#[from] listener::BindError),
+    #[error("cannot access data directory: {}: {source}", path.display())]
+    Dir {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// Runs a member until it is told to stop or cannot go on.
+///
+/// Ends by the signal that stopped it, as etcd does; exit code 1 if it could not start or go on.
+pub fn run(config: Config, _logging: Logging) -> ExitCode {
+    let system = actix::System::new();
+    let ended = system.block_on(async {
+        match start(&config) {
+            Ok(daemon) => daemon.serve().await,
+            Err(error) => {
+                // etcd says this whatever kept it from starting; scripts look for it.
+                crate::fatal!(error = %full(&error), "discovery failed");
+                Ended::Failed
+            }
+        }
+    });
+    match ended {
+        Ended::Failed => ExitCode::FAILURE,
+        Ended::Removed => ExitCode::SUCCESS,
+        Ended::Signal(signal) => {
+            if std::process::id() != 1 {
+                // SAFETY: the default action is restored, no handler of ours is installed.
+                unsafe {
+                    if nix::sys::signal::signal(signal, SigHandler::SigDfl).is_ok() {
+                        nix::sys::signal::raise(signal).ok();
+                    }
+                }
+            }
+            ExitCode::SUCCESS
+        }
+    }
+}
+
+/// How the member ended.
+enum Ended {
+    Failed,
+    Removed,
+    Signal(Signal),
+}
+
+/// An error with its causes, each said once.
+fn full(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        let said = inner.to_string();
+        if !text.contains(&said) {
+            text = format!("{text}: {said}");
+        }
+        source = inner.source();
+    }
+    text
+}
+
+/// What a member is found to be when its directory has been read.
+struct Found {
+    member_id: MemberId,
+    cluster_id: ClusterId,
+    engine: Arc<dyn Engine>,
+    log: WalLog,
+    recovered: Recovered,
+    machine: Machine,
+    unfinished: Option<i64>,
+    persistent: bool,
+}
+
+/// A started member.
+struct Daemon {
+    config: Config,
+    member: Arc<Member>,
+    wal: Addr<WalWriter>,
+    exits: mpsc::UnboundedReceiver<Reason>,
+    listeners: Vec<(&'static str, Url, Bound, Served)>,
+    workers: Workers,
+    options: listener::Options,
+    arbiters: Vec<Arbiter>,
+    _lock: DataDirLock,
+}
+
+fn server_version() -> Version {
+    Version::parse(ETCD_VERSION).expect("a constant version parses")
+}
+
+/// Opens the engine that the configuration names.
+fn open_engine(config: &Config) -> Result<(Arc<dyn Engine>, bool), StartError> {
+    let options = &config.storage.engine_options;
+    let refused = |error: String| StartError::Refused(format!("engine-options: {error}"));
+    Ok(match config.storage.engine {
+        EngineKind::Redb => {
+            let dir = config.member.data_dir.join("member").join("engine-redb");
+            let options = engine_redb::RedbOptions::from_map(options).map_err(refused)?;
+            (Arc::new(engine_redb::Redb::open(&dir, &options)?), true)
+        }
+        EngineKind::Memory => {
+            if let Some(option) = options.keys().next() {
+                return Err(refused(format!("unknown option {option:?}: memory has none")));
+            }
+            (Arc::new(engine_memory::Memory::new()), false)
+        }
+    })
+}
+
+/// Refuses directories that are not ours to write to.
+fn check_directory(config: &Config) -> Result<(), StartError> {
+    let data_dir = &config.member.data_dir;
+    let member = data_dir.join("member");
+    if data_dir.join("proxy").exists() {
+        return Err(StartError::Refused(format!(
+            "data directory {} belongs to a v2 proxy",
+            data_dir.display()
+        )));
+    }
+    let engines: Vec<&str> = [("redb", "engine-redb")]
+        .into_iter()
+        .filter(|(_, dir)| member.join(dir).exists())
+        .map(|(name, _)| name)
+        .collect();
+    if member.join("snap").join("db").exists() && engines.is_empty() {
+        return Err(StartError::Refused(format!(
+            "data directory {} was written by etcd (it holds member/snap/db, a bbolt file); Quorate \
+             does not open it in place: save a snapshot with etcdctl and restore it, or choose \
+             another --data-dir",
+            data_dir.display()
+        )));
+    }
+    let wanted = config.storage.engine.name();
+    if let Some(other) = engines.iter().find(|name| **name != wanted) {
+        return Err(StartError::Refused(format!(
+            "data directory {} holds the data of engine {other}, but engine {wanted} is configured",
+            data_dir.display()
+        )));
+    }
+    Ok(())
+}
+
+fn create_dir(path: &Path) -> Result<(), StartError> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|source| StartError::Dir { path: path.to_path_buf(), source })
+}
+
+/// The member that a first start founds the cluster with.
+fn founder(config: &Config) -> Result<(MemberId, ClusterId, MemberRecord), StartError> {
+    let name = &config.member.name;
+    let urls = config.cluster.initial.get(name).ok_or_else(|| {
+        StartError::Refused(format!(
+            "couldn't find local name {name:?} in the initial cluster configuration"
+        ))
+    })?;
+    let texts = |urls: &[Url]| urls.iter().map(|url| url.as_str().to_string()).collect::<Vec<_>>();
+    let (mut initial, mut advertised) = (texts(urls), texts(&config.cluster.advertise_peer_urls));
+    initial.sort();
+    advertised.sort();
+    if let Some(missing) = initial.iter().find(|url| !advertised.contains(url)) {
+        return Err(StartError::Refused(format!(
+            "--initial-cluster has {name}={missing} but missing from \
+             --initial-advertise-peer-urls={}",
+            advertised.join(",")
+        )));
+    }
+    if let Some(missing) = advertised.iter().find(|url| !initial.contains(url)) {
+        return Err(StartError::Refused(format!(
+            "--initial-advertise-peer-urls has {missing} but missing from --initial-cluster={name}={}",
+            initial.join(",")
+        )));
+    }
+    let id = member_id(&initial, &config.cluster.token, None);
+    let record = MemberRecord { id: id.0, peer_urls: initial, ..MemberRecord::default() };
+    Ok((id, cluster_id([id]), record))
+}
+
+/// Founds a cluster of one: its log begins with the member's own addition (formats-and-peers 1.5).
+fn found_cluster(config: &Config, disk: &SharedDisk) -> Result<(), StartError> {
+    let (id, cluster, member) = founder(config)?;
+    let metadata = walpb::Metadata { node_id: Some(id.0), cluster_id: Some(cluster.0) };
+    let mut log = WalLog::create(disk.clone(), &config.member.wal_dir(), &metadata)?;
+    let context = ChangeContext { member, is_promote: false };
+    let change = raftpb::ConfChange {
+        id: 0,
+        r#type: raftpb::ConfChangeType::AddNode as i32,
+        node_id: id.0,
+        context: serde_json::to_vec(&context).expect("a member is always JSON").into(),
+    };
+    let entry = raftpb::Entry {
+        r#type: raftpb::EntryType::EntryConfChange as i32,
+        term: 1,
+        index: 1,
+        data: change.encode_to_vec().into(),
+    };
+    let hard_state = raftpb::HardState { term: 1, vote: 0, commit: 1 };
+    log.append(&[entry], Some(&hard_state))?;
+    log.sync()?;
+    log.close()?;
+    Ok(())
+}
+
+/// Reads the data directory, founding a cluster if it is new.
+fn read_directory(config: &Config, disk: &SharedDisk) -> Result<Found, StartError> {
+    let wal_dir = config.member.wal_dir();
+    let exists = wal_log::has_log(&**disk, &wal_dir)?;
+    let (engine, persistent) = open_engine(config)?;
+    let view = engine.view()?;
+    let ttl_min = min_ttl(config.raft.election_ms);
+    let blank = Membership::new(ClusterId(0), MemberId(0), config.cluster.max_learners as usize);
+    if let Some(stored) = view.get(Table::Meta, STORAGE_VERSION)? {
+        let stored = String::from_utf8_lossy(&stored).into_owned();
+        let version = Version::parse(&stored);
+        let ours = server_version();
+        if version.is_none_or(|v| (v.major, v.minor) > (ours.major, ours.minor)) {
+            return Err(StartError::Refused(format!(
+                "data directory {} has storage version {stored:?}, newer than this server's \
+                 {ETCD_VERSION}: start a newer server",
+                config.member.data_dir.display()
+            )));
+        }
+    }
+    let restored = Machine::restore(&*view, blank, ttl_min, server_version())?;
+    drop(view);
+    let (mut machine, unfinished) = (restored.machine, restored.unfinished);
+    let applied = machine.applied();
+    if !exists {
+        if applied.0 > 0 {
+            return Err(StartError::Refused(format!(
+                "the engine in {} has applied entry {applied}, but there is no write-ahead log in {}",
+                config.member.data_dir.display(),
+                wal_dir.display()
+            )));
+        }
+        found_cluster(config, disk)?;
+    }
+    let mut beyond = None;
+    let (log, recovered) = WalLog::open(disk.clone(), &wal_dir, |valid| {
+        beyond = valid.iter().map(walpb::Snapshot::index).filter(|index| *index > applied.0).max();
+        let reached = valid.iter().rev().find(|record| record.index() <= applied.0);
+        reached.filter(|_| persistent).cloned().unwrap_or_default()
+    })?;
+    if let Some(index) = beyond.filter(|_| persistent) {
+        return Err(StartError::Refused(format!(
+            "database file ({} index {applied}) does not match with snapshot (index {index})",
+            config.member.data_dir.join("member").display()
+        )));
+    }
+    if let Some(torn) = &recovered.torn {
+        tracing::warn!(
+            path = %torn.segment.display(),
+            offset = torn.at,
+            "repaired a write-ahead log that a crash had cut short"
+        );
+    }
+    let member_id = MemberId(recovered.metadata.node_id());
+    let cluster_id = ClusterId(recovered.metadata.cluster_id());
+    machine.members.local = member_id;
+    machine.members.cluster_id = cluster_id;
+    Ok(Found { member_id, cluster_id, engine, log, recovered, machine, unfinished, persistent })
+}
+
+/// Builds the raft node that goes on where the directory ends.
+fn restore_node(config: &Config, found: &Found) -> Result<Node, StartError> {
+    let recovered = &found.recovered;
+    let seed = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .map_or(0, |since| since.as_nanos() as u64);
+    let raft = RaftConfig {
+        election_ticks: config.raft.election_ticks() as usize,
+        pre_vote: config.raft.pre_vote,
+        ..RaftConfig::new(found.member_id, seed)
+    };
+    let restored = Restored {
+        hard_state: recovered.hard_state,
+        conf_state: found.machine.members.conf_state(),
+        snapshot: (Index(recovered.start.index()), Term(recovered.start.term())),
+        entries: recovered.entries.clone(),
+        applied: found.machine.applied(),
+    };
+    Ok(Node::new(&raft, restored)?)
+}
+
+fn bind_all(
+    config: &Config,
+    options: &listener::Options,
+) -> Result<Vec<(&'static str, Url, Bound)>, StartError> {
+    let listen = &config.listen;
+    let mut bound = Vec::new();
+    for (what, urls) in [
+        ("peer", &listen.peer_urls),
+        ("client", &listen.client_urls),
+        ("client-http", &listen.client_http_urls),
+        ("metrics", &listen.metrics_urls),
+    ] {
+        for url in urls {
+            bound.push((what, url.clone(), listener::bind(url, options)?));
+        }
+    }
+    Ok(bound)
+}
+
+fn start(config: &Config) -> Result<Daemon, StartError> {
+    log_settings(config);
+    check_directory(config)?;
+    create_dir(&config.member.data_dir)?;
+    let disk: SharedDisk = Arc::new(OsDisk);
+    let lock = DataDirLock::take(&*disk, &config.member.data_dir, &config.member.wal_dir())?;
+    let options = listener::Options {
+        max_concurrent_streams: config.listen.max_concurrent_streams,
+        keepalive_interval: config.listen.keepalive_interval,
+        keepalive_timeout: config.listen.keepalive_timeout,
+        receive_max: config.limits.max_request_bytes as usize + GRPC_OVERHEAD,
+        reuse_port: config.listen.reuse_port,
+        reuse_address: config.listen.reuse_address,
+    };
+    // A port that is taken is found out before the directory is touched.
+    let bound = bind_all(config, &options)?;
+    let snapshots = SnapDir::open(disk.clone(), &config.member.snap_dir())?;
+    let found = read_directory(config, &disk)?;
+    let threshold = config.storage.bootstrap_defrag_threshold_mib << 20;
+    if threshold > 0 {
+        let free = found.engine.size()?.saturating_sub(found.engine.size_in_use()?);
+        if free >= threshold {
+            let reclaimed = found.engine.reclaim()?;
+            tracing::info!(
+                before = reclaimed.before,
+                after = reclaimed.after,
+                "defragmented before serving"
+            );
+        }
+    }
+    let node = restore_node(config, &found)?;
+    let (exit, exits) = Exit::new();
+    let published = Published::of(&found.machine, None);
+    let shared =
+        Arc::new(Shared::new(found.cluster_id, found.member_id, found.engine.clone(), published));
+    tracing::info!(
+        "cluster-id" = %found.cluster_id,
+        "local-member-id" = %found.member_id,
+        "commit-index" = found.recovered.hard_state.commit,
+        "applied-index" = found.machine.applied().0,
+        revision = found.machine.store.now().revision(),
+        "restarting local member"
+    );
+    show_identity(&shared, config);
+    let mut running = Running { arbiters: Vec::new() };
+    let (member, wal) = running.start_actors(config, found, node, &shared, &exit, disk, snapshots);
+
+    let services = Arc::new(Services::new(
+        &member,
+        config.member.snap_dir(),
+        config.gates.enabled(Gate::StopGRPCServiceOnDefrag),
+        options.receive_max,
+    ));
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads: Vec<ArbiterHandle> = (0..threads.clamp(1, TRANSPORT_THREADS_MAX))
+        .map(|_| running.arbiter("transport"))
+        .collect();
+    let workers = Workers::new(threads, connections_max()?);
+    let listeners = bound
+        .into_iter()
+        .map(|(what, url, bound)| {
+            let served = served(what, config, &member, &services);
+            (what, url, bound, served)
+        })
+        .collect();
+    Ok(Daemon {
+        config: config.clone(),
+        member,
+        wal,
+        exits,
+        listeners,
+        workers,
+        options,
+        arbiters: running.arbiters,
+        _lock: lock,
+    })
+}
+
+/// Connections that the file limit leaves room for.
+fn connections_max() -> Result<usize, StartError> {
+    use nix::sys::resource::{Resource, getrlimit};
+    let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE)
+        .map_err(|error| StartError::Refused(format!("cannot read the file limit: {error}")))?;
+    if soft <= RESERVED_FILES {
+        return Err(StartError::Refused(format!(
+            "file descriptor limit of etcd process is too low; please set higher: {soft} is not \
+             above {RESERVED_FILES}"
+        )));
+    }
+    Ok(usize::try_from(soft - RESERVED_FILES).unwrap_or(usize::MAX))
+}
+
+fn served(what: &str, config: &Config, member: &Arc<Member>, services: &Arc<Services>) -> Served {
+    let subject: Arc<HttpMember> = Arc::new(HttpMember(member.clone()));
+    let client = || {
+        let origins = match &config.listen.cors {
+            Origins::Any => Vec::new(),
+            Origins::Only(origins) => origins.iter().cloned().collect(),
+        };
+        let hosts = config.listen.host_whitelist.clone();
+        let router = client_router(subject.clone(), member.metrics);
+        ClientRules::new(hosts, origins, true, subject.clone()).guard(router)
+    };
+    let split = !config.listen.client_http_urls.is_empty();
+    let only_http = |router: Router| Served { grpc: None, http: Some(router) };
+    match what {
+        "peer" => only_http(peer::router(member.clone())),
+        "metrics" => only_http(metrics_router(subject, member.metrics)),
+        "client-http" => only_http(client()),
+        _ => Served { grpc: Some(services.clone()), http: (!split).then(client) },
+    }
+}
+
+/// Arbiters that are stopped with the daemon.
+struct Running {
+    arbiters: Vec<Arbiter>,
+}
+
+impl Running {
+    fn arbiter(&mut self, name: &'static str) -> ArbiterHandle {
+        let arbiter = arbiter(name);
+        let handle = arbiter.handle();
+        self.arbiters.push(arbiter);
+        handle
+    }
+
+    #[allow(clippy::too_many_arguments, reason = "the one place where everything meets")]
+    fn start_actors(
+        &mut self,
+        config: &Config,
+        found: Found,
+        node: Node,
+        shared: &Arc<Shared>,
+        exit: &Exit,
+        disk: SharedDisk,
+        snapshots: SnapDir,
+    ) -> (Arc<Member>, Addr<WalWriter>) {
+        let raft_seat = Seat::<RaftActor>::new(raft::MAILBOX);
+        let wal_seat = Seat::<WalWriter>::new(wal::MAILBOX);
+        let applier_seat = Seat::<Applier>::new(64);
+        let committer_seat = Seat::<BatchCommitter>::new(4);
+        let lease_seat = Seat::<LeaseManager>::new(1024);
+        let watch_seat = Seat::<WatchHub>::new(1024);
+        let compactor_seat = Seat::<Compactor>::new(64);
+        let snapshot_seat = Seat::<Snapshotter>::new(16);
+        let election = Duration::from_millis(config.raft.election_ms);
+        let quota = Quota(config.storage.quota_bytes);
+
+        let member = Arc::new(Member {
+            shared: shared.clone(),
+            raft: raft_seat.addr(),
+            applier: applier_seat.addr(),
+            leases: lease_seat.addr(),
+            watch: watch_seat.addr(),
+            compactor: compactor_seat.addr(),
+            exit: exit.clone(),
+            limits: Limits {
+                request_bytes_max: config.limits.max_request_bytes as usize,
+                txn_ops_max: config.limits.max_txn_ops as usize,
+                quota,
+                quota_reported: config.storage.quota_bytes.map_or(-1, |bytes| bytes as i64),
+                request_timeout: config.raft.request_timeout(),
+                election,
+                warning_unary: config.observe.warning_unary_request_duration,
+                warning_apply: config.observe.warning_apply_duration,
+            },
+            metrics: Metrics::global(),
+            stopping: watch::Sender::new(false),
+            next_stream: AtomicU64::new(1),
+        });
+
+        let links = raft::Links {
+            shared: shared.clone(),
+            wal: wal_seat.addr(),
+            applier: applier_seat.addr(),
+            leases: lease_seat.addr().recipient(),
+            exit: exit.clone(),
+        };
+        let raft_options = raft::Options {
+            tick: Duration::from_millis(config.raft.heartbeat_ms),
+            catch_up_entries: config.raft.snapshot_catchup_entries,
+        };
+        let raft_addr = raft_seat.addr();
+        raft_seat
+            .start_in(&self.arbiter("raft"), move || RaftActor::new(node, links, raft_options));
+
+        let wal_addr = wal_seat.addr();
+        let (log, to_raft, exit_wal) = (found.log, raft_addr.clone().recipient(), exit.clone());
+        let sync = !config.storage.unsafe_no_fsync;
+        wal_seat
+            .start_in(&self.arbiter("wal"), move || WalWriter::new(log, to_raft, exit_wal, sync));
+
+        let committer = committer_seat.addr();
+        let (to_applier, committer_shared, exit_committer) =
+            (applier_seat.addr().recipient(), shared.clone(), exit.clone());
+        committer_seat.start_in(&self.arbiter("committer"), move || {
+            BatchCommitter::new(committer_shared, to_applier, exit_committer)
+        });
+
+        let links = applier::Links {
+            shared: shared.clone(),
+            raft: raft_addr.clone(),
+            committer,
+            watch: watch_seat.addr().recipient(),
+            leases: lease_seat.addr().recipient(),
+            promoted: lease_seat.addr().recipient(),
+            compactor: compactor_seat.addr().recipient(),
+            snapshotter: snapshot_seat.addr().recipient(),
+            exit: exit.clone(),
+        };
+        let applier_options = applier::Options {
+            batch_interval: config.storage.batch_interval,
+            batch_limit: config.storage.batch_limit as usize,
+            quota,
+            // Without an engine that outlives the process, the whole log is needed.
+            snapshot_count: if found.persistent { config.raft.snapshot_count } else { u64::MAX },
+            snapshot_index: Index(found.recovered.start.index()),
+            warning_apply: config.observe.warning_apply_duration,
+        };
+        let applier_addr = applier_seat.addr();
+        let machine = found.machine;
+        let revision = machine.store.now().revision();
+        let unfinished = found.unfinished;
+        applier_seat.start_in(&self.arbiter("applier"), move || {
+            Applier::new(machine, links, applier_options)
+        });
+
+        let hub_options = HubOptions {
+            progress_interval_ms: config.watch.progress_notify_interval.as_millis() as u64,
+            max_request_bytes: config.limits.max_request_bytes as usize,
+            ..HubOptions::default()
+        };
+        let seed = shared.next_id();
+        let (watch_shared, exit_watch) = (shared.clone(), exit.clone());
+        watch_seat.start_in(&self.arbiter("watch"), move || {
+            WatchHub::new(Hub::new(hub_options, revision, seed), watch_shared, exit_watch)
+        });
+
+        let cold = self.arbiter("cold");
+        let lessor = LessorOptions {
+            retry_ms: config.raft.request_timeout().as_millis() as u64,
+            checkpoint_interval_ms: config
+                .gates
+                .enabled(Gate::LeaseCheckpoint)
+                .then_some(CHECKPOINT_INTERVAL_MS),
+        };
+        let (lease_shared, lease_raft) = (shared.clone(), raft_addr.clone());
+        lease_seat
+            .start_in(&cold, move || LeaseManager::new(lease_shared, lease_raft, lessor, election));
+        let auto = AutoCompaction::new(match config.compaction.auto {
+            Retention::Off => autocompact::Retention::Off,
+            Retention::Period(period) => {
+                autocompact::Retention::Periodic(period.as_millis().max(1) as u64)
+            }
+            Retention::Revisions(keep) => autocompact::Retention::Revisions(keep),
+        });
+        let compactor_options = compactor::Options {
+            batch_limit: config.compaction.batch_limit as usize,
+            sleep: config.compaction.sleep_interval,
+        };
+        let compactor_shared = shared.clone();
+        compactor_seat.start_in(&cold, move || {
+            Compactor::new(
+                compactor_shared,
+                applier_addr,
+                raft_addr,
+                compactor_options,
+                auto,
+                unfinished,
+            )
+        });
+        let snapshot_options = snapshot::Options {
+            wal_dir: config.member.wal_dir(),
+            max_snapshots: config.raft.max_snapshots as usize,
+            max_wals: config.raft.max_wals as usize,
+        };
+        let (snapshot_wal, exit_snapshot) = (wal_addr.clone(), exit.clone());
+        snapshot_seat.start_in(&cold, move || {
+            Snapshotter::new(disk, snapshots, snapshot_wal, exit_snapshot, snapshot_options)
+        });
+        (member, wal_addr)
+    }
+}
+
+fn log_settings(config: &Config) {
+    let urls = |urls: &[Url]| logging::list(urls.iter().map(Url::as_str));
+    tracing::info!(
+        "etcd-version" = ETCD_VERSION,
+        "quorate-version" = env!("CARGO_PKG_VERSION"),
+        name = %config.member.name,
+        "data-dir" = %config.member.data_dir.display(),
+        "wal-dir" = %config.member.wal_dir().display(),
+        "snapshot-count" = config.raft.snapshot_count,
+        "max-wals" = config.raft.max_wals,
+        "max-snapshots" = config.raft.max_snapshots,
+        "snapshot-catchup-entries" = config.raft.snapshot_catchup_entries,
+        engine = config.storage.engine.name(),
+        "initial-advertise-peer-urls" = urls(&config.cluster.advertise_peer_urls).value(),
+        "listen-peer-urls" = urls(&config.listen.peer_urls).value(),
+        "advertise-client-urls" = urls(&config.cluster.advertise_client_urls).value(),
+        "listen-client-urls" = urls(&config.listen.client_urls).value(),
+        "listen-metrics-urls" = urls(&config.listen.metrics_urls).value(),
+        "heartbeat-interval" = %format_args!("{}ms", config.raft.heartbeat_ms),
+        "election-timeout" = %format_args!("{}ms", config.raft.election_ms),
+        "pre-vote" = config.raft.pre_vote,
+        "quota-backend-bytes" = config.storage.quota_bytes.map_or(-1, |bytes| bytes as i64),
+        "max-request-bytes" = config.limits.max_request_bytes,
+        "initial-cluster-token" = %config.cluster.token,
+        "starting an etcd server"
+    );
+}
+
+/// Metrics that say who this member is.
+fn show_identity(shared: &Shared, config: &Config) {
+    let metrics = Metrics::global();
+    metrics.server_version.with(&[ETCD_VERSION]).set(1.0);
+    metrics.server_id.with(&[&shared.member_id.to_string()]).set(1.0);
+    metrics.engine_info.with(&[config.storage.engine.name()]).set(1.0);
+    for gate in Gate::ALL {
+        let on = f64::from(u8::from(config.gates.enabled(*gate)));
+        metrics.feature_enabled.with(&[gate.name(), gate.stage().label()]).set(on);
+    }
+    metrics.quota_backend_bytes.set(config.storage.quota_bytes.map_or(-1.0, |bytes| bytes as f64));
+    if config.observe.metrics == crate::config::MetricsDetail::Extensive {
+        metrics.time_grpc_calls();
+    }
+    let now = shared.published.load();
+    metrics.current_revision.set(now.store.revision() as f64);
+    metrics.compact_revision.set(now.store.compact_revision() as f64);
+    metrics.keys.set(now.store.live_keys() as f64);
+    if let Some(version) = now.members.cluster_version {
+        let text = format!("{}.{}", version.major, version.minor);
+        metrics.cluster_version.with(&[&text]).set(1.0);
+    }
+}
+
+impl Daemon {
+    async fn serve(mut self) -> Ended {
+        let started = Instant::now();
+        tracing::info!("starting etcd server");
+        // Handlers are there once a member has started; before, a signal simply ends it.
+        let published = tokio::select! {
+            published = publish(&self.member, &self.config) => published,
+            reason = self.exits.recv() => return self.failed(reason),
+        };
+        if !published {
+            return Ended::Failed;
+        }
+        let (mut interrupts, mut terminations) =
+            match (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) {
+                (Ok(interrupts), Ok(terminations)) => (interrupts, terminations),
+                (Err(error), _) | (_, Err(error)) => {
+                    crate::fatal!(%error, "cannot handle signals");
+                    return Ended::Failed;
+                }
+            };
+        let (mut listener_failed, stop) = self.listen();
+        tracing::info!(took = ?started.elapsed(), "ready to serve client requests");
+        notify_ready();
+        for url in &self.config.listen.client_urls {
+            tracing::info!(
+                traffic = "grpc+http",
+                address = url.host(),
+                "serving client traffic insecurely; this is strongly discouraged!"
+            );
+        }
+        actix::spawn(keep_gauges(self.member.clone()));
+        actix::spawn(decide_cluster_version(self.member.clone()));
+        let signal = tokio::select! {
+            _ = interrupts.recv() => Signal::SIGINT,
+            _ = terminations.recv() => Signal::SIGTERM,
+            reason = self.exits.recv() => return self.failed(reason),
+            Some(error) = listener_failed.recv() => {
+                crate::fatal!(error = %full(&error), "listener failed");
+                return Ended::Failed;
+            }
+        };
+        tracing::info!(signal = %signal_name(signal), "received signal; shutting down");
+        self.stop(&stop).await;
+        Ended::Signal(signal)
+    }
+
+    /// The member has stopped itself. What is acknowledged is in the log; nothing more is written.
+    fn failed(&self, reason: Option<Reason>) -> Ended {
+        match reason {
+            Some(Reason::Removed) => Ended::Removed,
+            Some(Reason::Failed { part, error }) => {
+                crate::fatal!(part, error, "member stopped");
+                Ended::Failed
+            }
+            None => Ended::Failed,
+        }
+    }
+
+    /// Starts accepting on every listener.
+    fn listen(&mut self) -> (mpsc::UnboundedReceiver<std::io::Error>, watch::Sender<bool>) {
+        let stop = watch::Sender::new(false);
+        let (failures, failed) = mpsc::unbounded_channel();
+        for (what, url, bound, served) in std::mem::take(&mut self.listeners) {
+            let serving = match what {
+                "peer" => "serving peer traffic",
+                "metrics" => "serving metrics",
+                _ => "serving client traffic",
+            };
+            tracing::info!(address = url.as_str(), "{serving}");
+            let accepting = listener::accept(
+                bound,
+                served,
+                self.workers.clone(),
+                self.options,
+                stop.subscribe(),
+            );
+            let failures = failures.clone();
+            actix::spawn(async move {
+                if let Err(error) = accepting.await {
+                    drop(failures.send(error));
+                }
+            });
+        }
+        (failed, stop)
+    }
+
+    /// Stops in the order of operations 6.5: clients first, the disk last.
+    async fn stop(mut self, stop: &watch::Sender<bool>) {
+        let deadline = Instant::now() + self.config.raft.request_timeout();
+        stop.send_replace(true);
+        self.member.stopping.send_replace(true);
+        while self.workers.connections() > 0 && Instant::now() < deadline {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let (reply, durable) = oneshot::channel();
+        self.member.applier.do_send(Checkpoint(reply));
+        let checkpoint = tokio::time::timeout(self.config.raft.request_timeout(), durable).await;
+        match checkpoint {
+            Ok(Ok(index)) => tracing::info!("applied-index" = index.0, "engine is on disk"),
+            _ => {
+                tracing::warn!("engine was not brought to disk; the log is replayed at next start")
+            }
+        }
+        if self.wal.send(Close).await.is_err() {
+            tracing::warn!("write-ahead log was closed already");
+        }
+        for arbiter in self.arbiters.drain(..) {
+            arbiter.stop();
+        }
+        tracing::info!(
+            name = %self.config.member.name,
+            "data-dir" = %self.config.member.data_dir.display(),
+            "closed etcd server"
+        );
+    }
+}
+
+fn signal_name(signal: Signal) -> &'static str {
+    match signal {
+        Signal::SIGINT => "interrupt",
+        _ => "terminated",
+    }
+}
+
+/// Publishes name and client URLs through the log, until that has been applied: the member is ready
+/// only then (operations 2.9). Answers false if the member is stopping.
+async fn publish(member: &Arc<Member>, config: &Config) -> bool {
+    let request = Request::ClusterMemberAttrSet(membershippb::ClusterMemberAttrSetRequest {
+        member_id: member.shared.member_id.0,
+        member_attributes: Some(membershippb::Attributes {
+            name: config.member.name.clone(),
+            client_urls: config
+                .cluster
+                .advertise_client_urls
+                .iter()
+                .map(|url| url.as_str().to_string())
+                .collect(),
+        }),
+    });
+    loop {
+        match member.propose(request.clone()).await {
+            Ok(_) => break,
+            Err(crate::actors::raft::RequestError::Stopped) => return false,
+            Err(error) => {
+                tracing::warn!(
+                    "local-member-id" = %member.shared.member_id,
+                    %error,
+                    "failed to publish local member to cluster through raft"
+                );
+            }
+        }
+    }
+    tracing::info!(
+        "local-member-id" = %member.shared.member_id,
+        "cluster-id" = %member.shared.cluster_id,
+        "publish-timeout" = ?config.raft.request_timeout(),
+        "published local member to cluster through raft"
+    );
+    true
+}
+
+/// Sets the cluster version to this server's, the lowest of all members of a cluster of one.
+async fn decide_cluster_version(member: Arc<Member>) {
+    let ours = Version { patch: 0, ..server_version() };
+    let decided = member.now().members.cluster_version;
+    if decided >= Some(ours) {
+        return;
+    }
+    let set = membershippb::ClusterVersionSetRequest { ver: ours.to_string() };
+    if let Err(error) = member.propose(Request::ClusterVersionSet(set)).await {
+        tracing::warn!(%error, "failed to update cluster version");
+    }
+}
+
+/// Refreshes gauges that no event sets.
+async fn keep_gauges(member: Arc<Member>) {
+    let metrics = member.metrics;
+    loop {
+        if let Ok(size) = member.shared.engine.size() {
+            metrics.db_size.set(size as f64);
+        }
+        if let Ok(in_use) = member.shared.engine.size_in_use() {
+            metrics.db_size_in_use.set(in_use as f64);
+        }
+        metrics.is_learner.set(f64::from(u8::from(member.now().members.is_learner())));
+        tokio::time::sleep(GAUGE_INTERVAL).await;
+    }
+}
+
+/// Tells systemd that the member serves. Failure is only logged (operations 6.5).
+fn notify_ready() {
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr, UnixDatagram};
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let send = || {
+        let socket = UnixDatagram::unbound()?;
+        let text = path.to_string_lossy();
+        let address = match text.strip_prefix('@') {
+            Some(name) => SocketAddr::from_abstract_name(name)?,
+            None => SocketAddr::from_pathname(&path)?,
+        };
+        socket.send_to_addr(b"READY=1", &address).map(|_| ())
+    };
+    match send() {
+        Ok(()) => tracing::info!("notified systemd: ready"),
+        Err(error) => tracing::warn!(%error, "failed to notify systemd for readiness"),
+    }
+}

@@ -1,0 +1,554 @@
+//! One client port: gRPC over HTTP/2 and plain HTTP/1.1, told apart by a connection's first bytes.
+//!
+//! Connections are accepted on one thread and dealt out to the transport threads in turn. Each of
+//! those is a single-threaded runtime that serves its connections to the end, so a request never
+//! changes threads before it is handed to an actor. (SO_REUSEPORT would spread connections by a hash:
+//! few connections unevenly, and a second server on the same port would start without an error.)
+
+use std::convert::Infallible;
+use std::io;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use actix::ArbiterHandle;
+use axum::Router;
+use axum::response::IntoResponse;
+use futures_util::future::Either as EitherFuture;
+use http::{HeaderValue, Request, Response, StatusCode, Version, header};
+use http_body_util::Either;
+use hyper::body::Incoming;
+use hyper::service::Service as HyperService;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use quorate_proto::etcdserverpb as pb;
+use quorate_proto::health::health_server::HealthServer;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::watch;
+use tonic::Code;
+use tonic::codec::CompressionEncoding;
+use tonic::server::NamedService;
+use tower::Service as _;
+
+use crate::config::{Scheme, Url};
+use crate::metrics::Method;
+use crate::transport::grpc;
+use crate::transport::member::Member;
+
+/// What the listeners of the client port need to know.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    pub max_concurrent_streams: u32,
+    /// Idle time before the server pings a client; zero for never.
+    pub keepalive_interval: Duration,
+    pub keepalive_timeout: Duration,
+    /// The greatest message that a client may send, in bytes.
+    pub receive_max: usize,
+    pub reuse_port: bool,
+    pub reuse_address: bool,
+}
+
+/// Time that a client has to send the head of an HTTP/1.1 request (v3-api 7.3).
+const HEADER_TIMEOUT: Duration = Duration::from_secs(300);
+/// Header list of a request, in bytes (v3-api 7.4).
+const HEADER_LIST_MAX: u32 = 16 << 20;
+/// Flow-control windows: enough for large ranges, small enough that a slow reader holds little.
+const STREAM_WINDOW: u32 = 1 << 20;
+const CONNECTION_WINDOW: u32 = 4 << 20;
+/// Connections waiting to be accepted.
+const BACKLOG: i32 = 4096;
+/// TCP keep-alive on accepted connections (operations 5.1).
+const TCP_KEEPALIVE: Duration = Duration::from_secs(30);
+
+/// A socket that is bound but serves nobody yet.
+pub enum Bound {
+    Tcp(std::net::TcpListener),
+    Unix(std::os::unix::net::UnixListener, PathBuf),
+}
+
+/// Why a URL cannot be listened on.
+#[derive(thiserror::Error, Debug)]
+pub enum BindError {
+    #[error("listen {url}: {source}")]
+    Io {
+        url: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("listen {url}: {what}")]
+    Unusable { url: String, what: String },
+}
+
+/// Binds the socket of a URL. A stale unix socket is removed first.
+///
+/// # Errors
+/// Naming the URL.
+pub fn bind(url: &Url, options: &Options) -> Result<Bound, BindError> {
+    let failed = |source| BindError::Io { url: url.to_string(), source };
+    match url.scheme() {
+        Scheme::Http => bind_tcp(url, options).map(Bound::Tcp),
+        Scheme::Unix => {
+            let path = url.socket_path().expect("a unix URL has a path");
+            remove_stale(&path).map_err(failed)?;
+            let listener = std::os::unix::net::UnixListener::bind(&path).map_err(failed)?;
+            listener.set_nonblocking(true).map_err(failed)?;
+            Ok(Bound::Unix(listener, path))
+        }
+        Scheme::Https | Scheme::Unixs => Err(BindError::Unusable {
+            url: url.to_string(),
+            what: "TLS is not supported yet".to_string(),
+        }),
+    }
+}
+
+fn bind_tcp(url: &Url, options: &Options) -> Result<std::net::TcpListener, BindError> {
+    use socket2::{Domain, Protocol, Socket, Type};
+    use std::net::ToSocketAddrs;
+    let failed = |source| BindError::Io { url: url.to_string(), source };
+    let mut last = None;
+    for address in address(url).to_socket_addrs().map_err(failed)? {
+        let domain = Domain::for_address(address);
+        let bound = Socket::new(domain, Type::STREAM, Some(Protocol::TCP)).and_then(|socket| {
+            // As Go does: a port in TIME_WAIT can be taken again, one that is listened on cannot.
+            socket.set_reuse_address(true)?;
+            if options.reuse_port {
+                socket.set_reuse_port(true)?;
+            }
+            socket.set_nonblocking(true)?;
+            socket.bind(&address.into())?;
+            socket.listen(BACKLOG)?;
+            Ok(socket.into())
+        });
+        match bound {
+            Ok(listener) => return Ok(listener),
+            Err(error) => last = Some(error),
+        }
+    }
+    Err(failed(last.unwrap_or_else(|| io::Error::other("the name has no address"))))
+}
+
+/// Host and port to bind; without a host, every address.
+fn address(url: &Url) -> (&str, u16) {
+    let host = if url.host_name().is_empty() { "::" } else { url.host_name() };
+    (host, url.port())
+}
+
+fn remove_stale(path: &Path) -> io::Result<()> {
+    match std::fs::symlink_metadata(path) {
+        Ok(found) if found.file_type().is_socket() => std::fs::remove_file(path),
+        Ok(_) => Err(io::Error::other("the path exists and is no socket")),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// What a listener serves.
+#[derive(Clone)]
+pub struct Served {
+    /// `None` on a listener for HTTP alone.
+    pub grpc: Option<Arc<Services>>,
+    /// `None` on a listener for gRPC alone.
+    pub http: Option<Router>,
+}
+
+/// The gRPC services of the client port.
+#[derive(Clone)]
+pub struct Services {
+    kv: pb::kv_server::KvServer<grpc::kv::Kv>,
+    watch: pb::watch_server::WatchServer<grpc::watch::Watch>,
+    lease: pb::lease_server::LeaseServer<grpc::lease::Lease>,
+    cluster: pb::cluster_server::ClusterServer<grpc::cluster::Cluster>,
+    maintenance: pb::maintenance_server::MaintenanceServer<grpc::maintenance::Maintenance>,
+    auth: pb::auth_server::AuthServer<grpc::auth::Auth>,
+    health: HealthServer<grpc::health::Health>,
+    reflection: Option<Router>,
+}
+
+impl Services {
+    /// All services of `member`.
+    pub fn new(
+        member: &Arc<Member>,
+        snap_dir: PathBuf,
+        stops_on_defrag: bool,
+        receive_max: usize,
+    ) -> Self {
+        macro_rules! server {
+            ($server:expr) => {
+                $server
+                    .accept_compressed(CompressionEncoding::Gzip)
+                    .max_decoding_message_size(receive_max)
+                    .max_encoding_message_size(i32::MAX as usize)
+            };
+        }
+        Services {
+            kv: server!(pb::kv_server::KvServer::new(grpc::kv::Kv(member.clone()))),
+            watch: server!(pb::watch_server::WatchServer::new(grpc::watch::Watch(member.clone()))),
+            lease: server!(pb::lease_server::LeaseServer::new(grpc::lease::Lease(member.clone()))),
+            cluster: server!(pb::cluster_server::ClusterServer::new(grpc::cluster::Cluster(
+                member.clone()
+            ))),
+            maintenance: server!(pb::maintenance_server::MaintenanceServer::new(
+                grpc::maintenance::Maintenance { member: member.clone(), snap_dir }
+            )),
+            auth: server!(pb::auth_server::AuthServer::new(grpc::auth::Auth(member.clone()))),
+            health: server!(HealthServer::new(grpc::health::Health {
+                member: member.clone(),
+                stops_on_defrag
+            })),
+            reflection: reflection(),
+        }
+    }
+
+    async fn call(&self, request: Request<Incoming>) -> Response<tonic::body::Body> {
+        let path = request.uri().path();
+        let service = path.strip_prefix('/').and_then(|path| path.split_once('/'));
+        macro_rules! dispatch {
+            ($($field:ident: $server:ty),* $(,)?) => {
+                match service {
+                    $(
+                        Some((<$server>::NAME, _)) if Method::from_path(path).is_some() => {
+                            self.$field.clone().call(request).await
+                        }
+                    )*
+                    Some((name, _)) if name.starts_with("grpc.reflection.") => {
+                        return self.reflect(request).await;
+                    }
+                    _ => return unknown(path),
+                }
+            };
+        }
+        let result: Result<_, Infallible> = dispatch!(
+            kv: pb::kv_server::KvServer<grpc::kv::Kv>,
+            watch: pb::watch_server::WatchServer<grpc::watch::Watch>,
+            lease: pb::lease_server::LeaseServer<grpc::lease::Lease>,
+            cluster: pb::cluster_server::ClusterServer<grpc::cluster::Cluster>,
+            maintenance: pb::maintenance_server::MaintenanceServer<grpc::maintenance::Maintenance>,
+            auth: pb::auth_server::AuthServer<grpc::auth::Auth>,
+            health: HealthServer<grpc::health::Health>,
+        );
+        match result {
+            Ok(response) => in_etcds_words(response),
+            Err(never) => match never {},
+        }
+    }
+
+    async fn reflect(&self, request: Request<Incoming>) -> Response<tonic::body::Body> {
+        match self.reflection.clone() {
+            Some(mut router) => match router.call(request).await {
+                Ok(response) => response.map(tonic::body::Body::new),
+                Err(never) => match never {},
+            },
+            None => unknown(request.uri().path()),
+        }
+    }
+}
+
+const REFLECTION_V1: &str = "/grpc.reflection.v1.ServerReflection/{method}";
+const REFLECTION_V1ALPHA: &str = "/grpc.reflection.v1alpha.ServerReflection/{method}";
+
+/// Server reflection, which etcd does not have: it lets tools describe and call what is served.
+fn reflection() -> Option<Router> {
+    let builder = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(quorate_proto::DESCRIPTORS)
+    };
+    let v1 = builder().build_v1().ok()?;
+    let v1alpha = builder().build_v1alpha().ok()?;
+    Some(Router::new().route_service(REFLECTION_V1, v1).route_service(REFLECTION_V1ALPHA, v1alpha))
+}
+
+/// The answer to a call of something that is not there.
+fn unknown(path: &str) -> Response<tonic::body::Body> {
+    let text = match path.strip_prefix('/').and_then(|path| path.rsplit_once('/')) {
+        Some((service, method)) => {
+            if Method::ALL.iter().any(|known| known.parts().0 == service) {
+                format!("unknown method {method} for service {service}")
+            } else {
+                format!("unknown service {service}")
+            }
+        }
+        None => format!("malformed method name: {path:?}"),
+    };
+    tonic::Status::unimplemented(text).into_http()
+}
+
+/// Says what the gRPC library found wrong with a request as etcd's clients know it (v3-api 4.2).
+fn in_etcds_words(response: Response<tonic::body::Body>) -> Response<tonic::body::Body> {
+    if !response.headers().contains_key("grpc-status") {
+        return response;
+    }
+    let Some(status) = tonic::Status::from_header_map(response.headers()) else { return response };
+    let text = status.message();
+    let between = |from: &str, to: &str| {
+        let rest = text.split_once(from)?.1;
+        Some(rest.split_once(to)?.0.to_string())
+    };
+    let said = match status.code() {
+        Code::OutOfRange => between("length too large: found ", " bytes")
+            .zip(between("the limit is: ", " bytes"))
+            .map(|(found, limit)| {
+                let text = format!("grpc: received message larger than max ({found} vs. {limit})");
+                tonic::Status::resource_exhausted(text)
+            }),
+        Code::Internal => between("failed to decode Protobuf message: ", "\0")
+            .or_else(|| text.strip_prefix("failed to decode Protobuf message: ").map(String::from))
+            .map(|why| {
+                tonic::Status::internal(format!("grpc: error unmarshalling request: {why}"))
+            }),
+        Code::Unimplemented => between("compressed with `", "`").map(|encoding| {
+            let text =
+                format!("grpc: Decompressor is not installed for grpc-encoding {encoding:?}");
+            tonic::Status::unimplemented(text)
+        }),
+        _ => None,
+    };
+    said.map_or(response, tonic::Status::into_http)
+}
+
+/// One connection's requests.
+#[derive(Clone)]
+struct Connection(Served);
+
+type Body = Either<tonic::body::Body, axum::body::Body>;
+
+impl HyperService<Request<Incoming>> for Connection {
+    type Response = Response<Body>;
+    type Error = Infallible;
+    type Future = std::pin::Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>>>>;
+
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
+        let Served { grpc, http } = &self.0;
+        match (grpc, http) {
+            (Some(services), _) if request.version() == Version::HTTP_2 => {
+                if !is_grpc(&request) {
+                    return Box::pin(std::future::ready(Ok(not_grpc())));
+                }
+                let services = services.clone();
+                Box::pin(async move { Ok(services.call(request).await.map(Either::Left)) })
+            }
+            (_, Some(router)) => {
+                let mut router = router.clone();
+                Box::pin(async move {
+                    let response = match router.call(request).await {
+                        Ok(response) => response,
+                        Err(never) => match never {},
+                    };
+                    Ok(response.map(Either::Right))
+                })
+            }
+            _ => Box::pin(std::future::ready(Ok(not_grpc()))),
+        }
+    }
+}
+
+fn is_grpc(request: &Request<Incoming>) -> bool {
+    let content_type = request.headers().get(header::CONTENT_TYPE);
+    content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
+}
+
+fn not_grpc() -> Response<Body> {
+    let mut response = StatusCode::UNSUPPORTED_MEDIA_TYPE.into_response().map(Either::Right);
+    let accept = HeaderValue::from_static("application/grpc");
+    response.headers_mut().insert(header::ACCEPT, accept);
+    response
+}
+
+/// Runs a connection's requests on the thread that the connection belongs to.
+#[derive(Clone, Copy)]
+struct ThisThread;
+
+impl<F: Future + 'static> hyper::rt::Executor<F> for ThisThread {
+    fn execute(&self, future: F) {
+        actix::spawn(async move {
+            future.await;
+        });
+    }
+}
+
+/// The transport threads, and how many connections they may have.
+#[derive(Clone)]
+pub struct Workers {
+    threads: Arc<[ArbiterHandle]>,
+    next: Arc<AtomicUsize>,
+    connections: Arc<AtomicUsize>,
+    connections_max: usize,
+}
+
+impl Workers {
+    /// Deals connections out to `threads`.
+    pub fn new(threads: Vec<ArbiterHandle>, connections_max: usize) -> Self {
+        Workers {
+            threads: threads.into(),
+            next: Arc::default(),
+            connections: Arc::default(),
+            connections_max,
+        }
+    }
+
+    /// Connections being served.
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::Acquire)
+    }
+
+    /// Serves `stream` on the next thread.
+    fn serve<S: Send + 'static, C: AsyncRead + AsyncWrite + Unpin + 'static>(
+        &self,
+        stream: S,
+        connect: impl FnOnce(S) -> io::Result<C> + Send + 'static,
+        served: Served,
+        options: Options,
+        stop: watch::Receiver<bool>,
+    ) {
+        let held = Held::new(&self.connections);
+        let thread = self.next.fetch_add(1, Ordering::Relaxed) % self.threads.len();
+        self.threads[thread].spawn(async move {
+            // A new local task: what it holds need not be able to change threads.
+            actix::spawn(async move {
+                match connect(stream) {
+                    Ok(stream) => serve_connection(stream, served, options, stop).await,
+                    Err(error) => tracing::debug!(%error, "lost a connection at once"),
+                }
+                drop(held);
+            });
+        });
+    }
+}
+
+/// Counts a connection for as long as it lives.
+struct Held(Arc<AtomicUsize>);
+
+impl Held {
+    fn new(counter: &Arc<AtomicUsize>) -> Self {
+        counter.fetch_add(1, Ordering::AcqRel);
+        Held(counter.clone())
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Accepts connections until `stop` turns true; then those being served are asked to end.
+pub async fn accept(
+    bound: Bound,
+    served: Served,
+    workers: Workers,
+    options: Options,
+    mut stop: watch::Receiver<bool>,
+) -> io::Result<()> {
+    enum Listener {
+        Tcp(tokio::net::TcpListener),
+        Unix(tokio::net::UnixListener, PathBuf),
+    }
+    let listener = match bound {
+        Bound::Tcp(listener) => Listener::Tcp(tokio::net::TcpListener::from_std(listener)?),
+        Bound::Unix(listener, path) => {
+            Listener::Unix(tokio::net::UnixListener::from_std(listener)?, path)
+        }
+    };
+    let mut stopping = stop.clone();
+    loop {
+        // Clients above the limit wait in the backlog until others leave.
+        while workers.connections() >= workers.connections_max && !*stop.borrow() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let accepted = async {
+            match &listener {
+                Listener::Tcp(listener) => {
+                    let (stream, _) = listener.accept().await?;
+                    stream.set_nodelay(true)?;
+                    let keepalive = socket2::TcpKeepalive::new()
+                        .with_time(TCP_KEEPALIVE)
+                        .with_interval(TCP_KEEPALIVE);
+                    socket2::SockRef::from(&stream).set_tcp_keepalive(&keepalive)?;
+                    Ok::<_, io::Error>(EitherFuture::Left(stream.into_std()?))
+                }
+                Listener::Unix(listener, _) => {
+                    let (stream, _) = listener.accept().await?;
+                    Ok(EitherFuture::Right(stream.into_std()?))
+                }
+            }
+        };
+        let accepted = tokio::select! {
+            accepted = accepted => accepted,
+            _ = stopping.wait_for(|stop| *stop) => break,
+        };
+        match accepted {
+            Ok(EitherFuture::Left(stream)) => {
+                let connect = tokio::net::TcpStream::from_std;
+                workers.serve(stream, connect, served.clone(), options, stop.clone());
+            }
+            Ok(EitherFuture::Right(stream)) => {
+                let connect = tokio::net::UnixStream::from_std;
+                workers.serve(stream, connect, served.clone(), options, stop.clone());
+            }
+            Err(error) if is_transient(&error) => {
+                tracing::warn!(%error, "failed to accept a connection");
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    if let Listener::Unix(_, path) = &listener {
+        // Nothing depends on it: the next start removes a stale socket too.
+        std::fs::remove_file(path).ok();
+    }
+    stop.mark_unchanged();
+    Ok(())
+}
+
+/// Whether accepting can go on: the client left, or there are too few descriptors at the moment.
+fn is_transient(error: &io::Error) -> bool {
+    use nix::errno::Errno;
+    matches!(
+        error.raw_os_error().map(Errno::from_raw),
+        Some(
+            Errno::ECONNABORTED
+                | Errno::ECONNRESET
+                | Errno::EINTR
+                | Errno::EMFILE
+                | Errno::ENFILE
+                | Errno::ENOBUFS
+                | Errno::ENOMEM
+                | Errno::EINVAL
+                | Errno::ENOTCONN
+        )
+    )
+}
+
+async fn serve_connection<C: AsyncRead + AsyncWrite + Unpin + 'static>(
+    stream: C,
+    served: Served,
+    options: Options,
+    mut stop: watch::Receiver<bool>,
+) {
+    let mut builder = auto::Builder::new(ThisThread);
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).keep_alive(true);
+    let interval = Some(options.keepalive_interval).filter(|interval| !interval.is_zero());
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(options.max_concurrent_streams)
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_header_list_size(HEADER_LIST_MAX)
+        .keep_alive_interval(interval)
+        .keep_alive_timeout(options.keepalive_timeout);
+    let connection = builder.serve_connection(TokioIo::new(stream), Connection(served));
+    let mut connection = pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        _ = stop.wait_for(|stop| *stop) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "connection ended");
+    }
+}

@@ -1,0 +1,272 @@
+//! What a transport thread knows of the member: one handle, shared by all services.
+//!
+//! Requests are gathered per thread: the first of a loop turn schedules a flush behind everything
+//! that is ready to run, and the flush hands all of them to the raft actor as ONE message. A hop to
+//! another thread costs more than a put; so it is paid once a turn, not once a request.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use actix::prelude::*;
+use tokio::sync::{oneshot, watch};
+
+use crate::actors::applier::Applier;
+use crate::actors::compactor::Compactor;
+use crate::actors::exit::Exit;
+use crate::actors::lease::{LeaseManager, Renewals, Renewed};
+use crate::actors::raft::{Answered, Proposal, RaftActor, RequestError, Requests};
+use crate::actors::shared::{Published, Shared};
+use crate::actors::watch::WatchHub;
+use crate::core::command::{Command, Request};
+use crate::core::mvcc::{ReadError, Values};
+use crate::core::quota::{self, Quota};
+use crate::core::types::LeaseId;
+use crate::metrics::{Metrics, RequestKind};
+use quorate_proto::etcdserverpb as pb;
+
+/// Entries committed but not applied above which new proposals are refused (v3-api section 5).
+const APPLY_LAG_MAX: u64 = 5000;
+/// The pause before a turn that found the raft actor's mailbox full is handed over again.
+const RETRY_FULL: Duration = Duration::from_millis(1);
+
+/// Limits that a client meets.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Encoded bytes of a request in the log.
+    pub request_bytes_max: usize,
+    pub txn_ops_max: usize,
+    pub quota: Quota,
+    /// The quota as `Status` reports it: negative if it is switched off.
+    pub quota_reported: i64,
+    /// How long a request may wait for the cluster.
+    pub request_timeout: Duration,
+    pub election: Duration,
+    /// A unary call that takes longer is logged.
+    pub warning_unary: Duration,
+    /// A local read that takes longer is logged and counted.
+    pub warning_apply: Duration,
+}
+
+/// A running member, as its transport sees it.
+pub struct Member {
+    pub shared: Arc<Shared>,
+    pub raft: Addr<RaftActor>,
+    pub applier: Addr<Applier>,
+    pub leases: Addr<LeaseManager>,
+    pub watch: Addr<WatchHub>,
+    pub compactor: Addr<Compactor>,
+    pub exit: Exit,
+    pub limits: Limits,
+    pub metrics: &'static Metrics,
+    /// True when the member stops: streams end, new requests are refused.
+    pub stopping: watch::Sender<bool>,
+    pub next_stream: AtomicU64,
+}
+
+/// What a thread has gathered in this turn of its loop.
+#[derive(Default)]
+struct Turn {
+    requests: Requests,
+    renewals: Vec<(LeaseId, oneshot::Sender<Renewed>)>,
+    flush_due: bool,
+}
+
+thread_local! {
+    static TURN: RefCell<Turn> = RefCell::default();
+}
+
+impl Member {
+    /// The state after the last applied batch.
+    pub fn now(&self) -> Arc<Published> {
+        self.shared.published.load_full()
+    }
+
+    /// A response header with this member's identity and the term of the last applied entry.
+    pub fn header(&self, revision: i64) -> Option<pb::ResponseHeader> {
+        let term = self.shared.published.load().term;
+        self.header_at(revision, term.0)
+    }
+
+    /// A response header for an entry of `term`.
+    pub fn header_at(&self, revision: i64, term: u64) -> Option<pb::ResponseHeader> {
+        Some(pb::ResponseHeader {
+            cluster_id: self.shared.cluster_id.0,
+            member_id: self.shared.member_id.0,
+            revision,
+            raft_term: term,
+        })
+    }
+
+    fn gather(self: &Arc<Self>, add: impl FnOnce(&mut Turn)) {
+        let first = TURN.with_borrow_mut(|turn| {
+            add(turn);
+            !std::mem::replace(&mut turn.flush_due, true)
+        });
+        if first {
+            let member = self.clone();
+            actix::spawn(async move {
+                // Whatever else is ready in this turn adds to the batch first.
+                tokio::task::yield_now().await;
+                member.flush().await;
+            });
+        }
+    }
+
+    async fn flush(&self) {
+        let (mut requests, renewals) = TURN.with_borrow_mut(|turn| {
+            turn.flush_due = false;
+            (std::mem::take(&mut turn.requests), std::mem::take(&mut turn.renewals))
+        });
+        if !renewals.is_empty() {
+            self.leases.do_send(Renewals(renewals));
+        }
+        while !requests.proposals.is_empty() || !requests.reads.is_empty() {
+            match self.raft.try_send(requests) {
+                Ok(()) => return,
+                Err(SendError::Full(back)) => {
+                    requests = back;
+                    tokio::time::sleep(RETRY_FULL).await;
+                }
+                // Dropping the waiters tells their callers that the member has stopped.
+                Err(SendError::Closed(_)) => return,
+            }
+        }
+    }
+
+    /// Proposes a request and waits until this member has applied it.
+    ///
+    /// # Errors
+    /// Any [`RequestError`].
+    pub async fn propose(self: &Arc<Self>, request: Request) -> Result<Answered, RequestError> {
+        if self.shared.apply_lag() > APPLY_LAG_MAX {
+            return Err(RequestError::TooManyRequests);
+        }
+        let kind = RequestKind::of(request.name());
+        let started = std::time::Instant::now();
+        let id = self.shared.next_id();
+        let data = Command::new(id, request).encode();
+        if data.len() > self.limits.request_bytes_max {
+            return Err(RequestError::TooLarge);
+        }
+        let (reply, answer) = oneshot::channel();
+        self.metrics.proposals_pending.increment(1.0);
+        self.gather(|turn| turn.requests.proposals.push(Proposal { id, data, reply }));
+        let answer = tokio::time::timeout(self.limits.request_timeout, answer).await;
+        self.metrics.proposals_pending.decrement(1.0);
+        let result = match answer {
+            Ok(Ok(answer)) => answer,
+            Ok(Err(_)) => Err(RequestError::Stopped),
+            Err(_) => {
+                self.metrics.proposals_failed.increment(1);
+                // With no leader it never reached the log.
+                match self.shared.leader() {
+                    None => Err(RequestError::NoLeader),
+                    Some(_) => Err(RequestError::TimedOut),
+                }
+            }
+        };
+        self.metrics.request_seconds(kind, result.is_ok()).record(started.elapsed());
+        result
+    }
+
+    /// As [`Member::propose`], but a request that no longer fits the quota raises the alarm and is
+    /// refused before it is checked any further (v3-api 3.5).
+    ///
+    /// # Errors
+    /// Any [`RequestError`].
+    pub async fn check_quota(self: &Arc<Self>, request: &Request) -> Result<(), RequestError> {
+        let cost = quota::cost(request);
+        let size = self.shared.engine.size().unwrap_or(0);
+        if !self.limits.quota.exceeded(size, cost) {
+            return Ok(());
+        }
+        let raised =
+            self.shared.published.load().alarms.has(self.shared.member_id, pb::AlarmType::Nospace);
+        if !raised {
+            let alarm = Request::Alarm(pb::AlarmRequest {
+                action: pb::alarm_request::AlarmAction::Activate as i32,
+                member_id: self.shared.member_id.0,
+                alarm: pb::AlarmType::Nospace as i32,
+            });
+            // Whether or not the alarm went through, there is no room for this request.
+            if let Err(error) = self.propose(alarm).await {
+                tracing::warn!(%error, "failed to raise alarm");
+            }
+        }
+        Err(RequestError::OverQuota)
+    }
+
+    /// Waits until everything that was committed before this call can be read here.
+    ///
+    /// # Errors
+    /// `TimedOut`, `LeaderChanged`, `Stopped`.
+    pub async fn read_index(self: &Arc<Self>) -> Result<(), RequestError> {
+        let (reply, known) = oneshot::channel();
+        self.gather(|turn| turn.requests.reads.push(reply));
+        match tokio::time::timeout(self.limits.request_timeout, known).await {
+            Ok(Ok(result)) => result,
+            Ok(Err(_)) => Err(RequestError::Stopped),
+            Err(_) => {
+                self.metrics.read_indexes_failed.increment(1);
+                Err(RequestError::TimedOut)
+            }
+        }
+    }
+
+    /// Reads from the newest published state; once more if a compaction took away what was read.
+    ///
+    /// # Errors
+    /// What `read` answers.
+    pub fn read<T>(
+        &self,
+        mut read: impl FnMut(&Published, &Values<'_>) -> Result<T, ReadError>,
+    ) -> Result<T, ReadError> {
+        loop {
+            let now = self.shared.published.load();
+            match read(&now, &Values::new(&*self.shared.engine)) {
+                // The snapshot was older than a compaction; a newer one says so, or has the answer.
+                Err(ReadError::Superseded(_))
+                    if self.shared.published.load().store.compact_revision()
+                        > now.store.compact_revision() => {}
+                Err(
+                    error @ (ReadError::Storage(_)
+                    | ReadError::Damaged(_)
+                    | ReadError::Superseded(_)),
+                ) => {
+                    self.exit.fail("storage engine", &error);
+                    return Err(error);
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// Renews a lease.
+    ///
+    /// # Errors
+    /// `Stopped`.
+    pub async fn renew(self: &Arc<Self>, id: LeaseId) -> Result<Renewed, RequestError> {
+        let (reply, renewed) = oneshot::channel();
+        self.gather(|turn| turn.renewals.push((id, reply)));
+        renewed.await.map_err(|_| RequestError::Stopped)
+    }
+
+    /// Whether the member is going down.
+    pub fn is_stopping(&self) -> bool {
+        *self.stopping.borrow() || self.exit.failed()
+    }
+
+    /// Waits until the member goes down.
+    pub async fn stopped(&self) {
+        // The sender lives in `self`, so waiting ends only with the value.
+        drop(self.stopping.subscribe().wait_for(|stopping| *stopping).await);
+    }
+
+    /// A header with the newest revision.
+    pub fn current_header(&self) -> Option<pb::ResponseHeader> {
+        let now = self.shared.published.load();
+        self.header_at(now.store.revision(), now.term.0)
+    }
+}

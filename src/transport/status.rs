@@ -1,0 +1,185 @@
+//! Errors as clients know them: etcd's codes and texts (v3-api section 4). Clients match on the text.
+
+use tonic::{Code, Status};
+
+use crate::actors::raft::RequestError;
+use crate::core::apply::ApplyError;
+use crate::core::check::CheckError;
+use crate::core::lease::LeaseError;
+use crate::core::membership::MembershipError;
+use crate::core::mvcc::ReadError;
+use crate::core::mvcc::txn::TxnError;
+
+macro_rules! statuses {
+    ($($(#[$doc:meta])* $name:ident = $code:ident $text:literal;)*) => {
+        $(
+            $(#[$doc])*
+            pub fn $name() -> Status {
+                Status::new(Code::$code, $text)
+            }
+        )*
+
+        /// Code and text of every status here, for a test.
+        #[cfg(test)]
+        const ALL: &[(Code, &str)] = &[$((Code::$code, $text)),*];
+    };
+}
+
+statuses! {
+    empty_key = InvalidArgument "etcdserver: key is not provided";
+    key_not_found = InvalidArgument "etcdserver: key not found";
+    value_provided = InvalidArgument "etcdserver: value is provided";
+    lease_provided = InvalidArgument "etcdserver: lease is provided";
+    too_many_ops = InvalidArgument "etcdserver: too many operations in txn request";
+    duplicate_key = InvalidArgument "etcdserver: duplicate key given in txn request";
+    invalid_client_api_version = InvalidArgument "etcdserver: invalid client api version";
+    invalid_sort_option = InvalidArgument "etcdserver: invalid sort option";
+    compacted = OutOfRange "etcdserver: mvcc: required revision has been compacted";
+    future_revision = OutOfRange "etcdserver: mvcc: required revision is a future revision";
+    no_space = ResourceExhausted "etcdserver: mvcc: database space exceeded";
+    lease_not_found = NotFound "etcdserver: requested lease not found";
+    lease_exist = FailedPrecondition "etcdserver: lease already exists";
+    lease_ttl_too_large = OutOfRange "etcdserver: too large lease TTL";
+    watch_canceled = Cancelled "etcdserver: watch canceled";
+    member_exist = FailedPrecondition "etcdserver: member ID already exist";
+    peer_url_exist = FailedPrecondition "etcdserver: Peer URLs already exists";
+    member_bad_urls = InvalidArgument "etcdserver: given member URLs are invalid";
+    member_not_found = NotFound "etcdserver: member not found";
+    member_not_learner = FailedPrecondition "etcdserver: can only promote a learner member";
+    too_many_learners = FailedPrecondition "etcdserver: too many learner members in cluster";
+    request_too_large = InvalidArgument "etcdserver: request is too large";
+    /// The server answers with the client's twin of this error, whose code is Unknown.
+    too_many_requests = Unknown "etcdserver: too many requests";
+    root_user_not_exist = FailedPrecondition "etcdserver: root user does not exist";
+    user_not_found = FailedPrecondition "etcdserver: user name not found";
+    role_not_found = FailedPrecondition "etcdserver: role name not found";
+    auth_not_enabled = FailedPrecondition "etcdserver: authentication is not enabled";
+    no_leader = Unavailable "etcdserver: no leader";
+    not_leader = FailedPrecondition "etcdserver: not leader";
+    leader_changed = Unavailable "etcdserver: leader changed";
+    stopped = Unavailable "etcdserver: server stopped";
+    timeout = Unavailable "etcdserver: request timed out";
+    timeout_wait_applied_index =
+        Unavailable "etcdserver: request timed out, waiting for the applied index took too long";
+    corrupt = DataLoss "etcdserver: corrupt cluster";
+    not_supported_for_learner = FailedPrecondition "etcdserver: rpc not supported for learner";
+    bad_leader_transferee = FailedPrecondition "etcdserver: bad leader transferee";
+    wrong_downgrade_version_format =
+        InvalidArgument "etcdserver: wrong downgrade target version format";
+    invalid_downgrade_target_version =
+        InvalidArgument "etcdserver: invalid downgrade target version";
+    cluster_version_unavailable =
+        FailedPrecondition "etcdserver: cluster version not found during downgrade";
+    canceled = Cancelled "etcdserver: request canceled";
+    deadline_exceeded = DeadlineExceeded "context deadline exceeded";
+    unknown_method = Unknown "etcdserver: unknown method";
+    not_primary = Unknown "not a primary lessor";
+    proposal_dropped = Unknown "raft proposal dropped";
+}
+
+/// An answer to what this version does not do yet.
+pub fn not_supported_yet(what: &str) -> Status {
+    Status::unimplemented(format!("not supported yet: {what}"))
+}
+
+/// A failure of this member that the client cannot mend. The member is stopping over it.
+fn internal(error: &dyn std::fmt::Display) -> Status {
+    Status::unknown(error.to_string())
+}
+
+impl From<CheckError> for Status {
+    fn from(error: CheckError) -> Self {
+        match error {
+            CheckError::EmptyKey => empty_key(),
+            CheckError::InvalidSort => invalid_sort_option(),
+            CheckError::ValueProvided => value_provided(),
+            CheckError::LeaseProvided => lease_provided(),
+            CheckError::TooManyOps => too_many_ops(),
+            CheckError::DuplicateKey => duplicate_key(),
+            CheckError::EmptyOp => key_not_found(),
+        }
+    }
+}
+
+impl From<ReadError> for Status {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::Compacted { .. } | ReadError::Superseded(_) => compacted(),
+            ReadError::Future { .. } => future_revision(),
+            ReadError::Damaged(_) | ReadError::Storage(_) => internal(&error),
+        }
+    }
+}
+
+impl From<TxnError> for Status {
+    fn from(error: TxnError) -> Self {
+        match error {
+            TxnError::LeaseNotFound(_) => lease_not_found(),
+            TxnError::KeyNotFound => key_not_found(),
+            TxnError::Read(error) => error.into(),
+        }
+    }
+}
+
+impl From<ApplyError> for Status {
+    fn from(error: ApplyError) -> Self {
+        match error {
+            ApplyError::Compacted { .. } => compacted(),
+            ApplyError::FutureRevision { .. } => future_revision(),
+            ApplyError::KeyNotFound => key_not_found(),
+            ApplyError::LeaseNotFound(_) | ApplyError::Lease(LeaseError::NotFound(_)) => {
+                lease_not_found()
+            }
+            ApplyError::Lease(LeaseError::Exists(_)) => lease_exist(),
+            ApplyError::Lease(LeaseError::TtlTooLarge { .. }) => lease_ttl_too_large(),
+            ApplyError::NoSpace => no_space(),
+            ApplyError::Corrupt => corrupt(),
+            ApplyError::AuthNotEnabled => auth_not_enabled(),
+            ApplyError::RootUserNotExist => root_user_not_exist(),
+            ApplyError::UserNotFound => user_not_found(),
+            ApplyError::RoleNotFound => role_not_found(),
+            ApplyError::Membership(error) => match error {
+                MembershipError::Removed(_) | MembershipError::NotFound(_) => member_not_found(),
+                MembershipError::IdExists(_) => member_exist(),
+                MembershipError::PeerUrlExists(_) => peer_url_exist(),
+                MembershipError::NotLearner(_) => member_not_learner(),
+                MembershipError::TooManyLearners(_) => too_many_learners(),
+                MembershipError::Malformed(_) => internal(&error),
+            },
+            ApplyError::UnknownAlarmAction(_) => Status::invalid_argument(error.to_string()),
+        }
+    }
+}
+
+impl From<RequestError> for Status {
+    fn from(error: RequestError) -> Self {
+        match error {
+            RequestError::Apply(error) => error.into(),
+            RequestError::OverQuota => no_space(),
+            RequestError::Transferring => proposal_dropped(),
+            RequestError::LeaderChanged => leader_changed(),
+            RequestError::NoLeader => deadline_exceeded(),
+            RequestError::TimedOut => timeout(),
+            RequestError::TooManyRequests => too_many_requests(),
+            RequestError::TooLarge => request_too_large(),
+            RequestError::Stopped => stopped(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_are_distinct_and_begin_as_clients_expect() {
+        let mut seen = std::collections::HashSet::new();
+        for (code, text) in ALL {
+            assert!(seen.insert(text), "{text} twice");
+            assert!(*code != Code::Ok);
+            let plain =
+                ["context deadline exceeded", "not a primary lessor", "raft proposal dropped"];
+            assert!(text.starts_with("etcdserver: ") || plain.contains(text), "{text}");
+        }
+    }
+}
