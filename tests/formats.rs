@@ -244,7 +244,7 @@ fn a_log_of_etcd_is_continued_and_etcd_takes_it_back() {
     let term = recovered.hard_state.term;
     let entry = raftpb::Entry { r#type: 0, term, index, data: request.encode_to_vec().into() };
     let state = raftpb::HardState { commit: index, ..recovered.hard_state };
-    log.append(&[entry.clone()], Some(&state)).unwrap();
+    log.append(std::slice::from_ref(&entry), Some(&state)).unwrap();
     log.sync().unwrap();
     log.close().unwrap();
 
