@@ -439,4 +439,33 @@ mod tests {
         let text = format!(r#"{{"Root":{{"Children":{{"1":{deep}}}}},"Stats":{{}}}}"#);
         assert_eq!(V2Membership::from_v2_store(text.as_bytes()).unwrap(), V2Membership::default());
     }
+
+    #[test]
+    fn no_mutation_makes_a_reader_panic() {
+        let file = encode(&snapshot());
+        let store = membership().to_v2_store();
+        let mut random = 0x2545_f491_4f6c_dd1du64;
+        let mut next = |bound: usize| {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            (random % bound as u64) as usize
+        };
+        let mut refused = 0;
+        for _ in 0..100_000 {
+            let mut file = file.clone();
+            let mut store = store.clone();
+            for bytes in [&mut file, &mut store] {
+                let at = next(bytes.len());
+                match next(3) {
+                    0 => bytes[at] ^= 1 << next(8),
+                    1 => bytes[at] = next(256) as u8,
+                    _ => bytes.truncate(at),
+                }
+            }
+            refused += usize::from(decode(file.into()).is_err());
+            refused += usize::from(V2Membership::from_v2_store(&store).is_err());
+        }
+        assert!(refused > 100_000);
+    }
 }

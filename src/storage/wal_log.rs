@@ -994,6 +994,12 @@ mod tests {
     }
 
     #[test]
+    fn the_log_can_move_to_its_own_thread() {
+        fn moves<T: Send + 'static>() {}
+        moves::<WalLog>();
+    }
+
+    #[test]
     fn what_is_appended_is_read_again_over_many_segments() {
         let (mem, disk) = mem();
         let mut log = WalLog::create_with(disk, dir(), &metadata(), SMALL).unwrap();
