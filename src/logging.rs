@@ -927,7 +927,7 @@ mod tests {
                 "ready {}",
                 1
             );
-            line!() - 10
+            line!() - 11
         });
         let lines = kept.0.lock();
         assert_eq!(
