@@ -3,7 +3,7 @@
 //! Anything in the process logs with tracing's macros. Names of fields are etcd's, quoted where Rust
 //! would not have them: `info!("remote-addr" = %peer, "took" = %GoDuration::from(took), "message")`.
 //! Numbers and booleans stay what they are, everything else becomes a text; [`list`] makes an array.
-//! A line of etcd's levels beyond error has the target [`FATAL`] or [`PANIC`] (see [`fatal!`]); a line
+//! A line of a level beyond error has the target [`FATAL`] (see [`fatal!`](crate::fatal)) or [`PANIC`]; a line
 //! of a named logger has the target `logger/<name>`.
 //!
 //! A level that is off costs one load and one branch at the place that would log: what is on is
@@ -935,7 +935,7 @@ mod tests {
                 "ready {}",
                 1
             );
-            line!() - 10
+            line!() - 11
         });
         let lines = kept.0.lock();
         assert_eq!(

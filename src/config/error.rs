@@ -61,10 +61,10 @@ pub enum ConfigError {
     #[error("multi logoutput for \"default\" is not supported yet")]
     DefaultOutputNotAlone,
     #[error(
-        "running with systemd/journal but other '--log-outputs' values ({0:?}) are configured with \
+        "running with systemd/journal but other '--log-outputs' values ({0}) are configured with \
          'default'; override 'default' value with something else"
     )]
-    JournalNotAlone(Vec<String>),
+    JournalNotAlone(String),
     #[error("--log-outputs must not contain an empty path")]
     EmptyOutput,
     #[error("--log-outputs requires a single file path when --log-rotate-config-json is defined")]

@@ -49,7 +49,7 @@ pub(super) fn parse(
     let mut seen = BTreeSet::new();
     for Entry { key, value } in entries {
         let Some(setting) = find(&key) else {
-            if let Some(own) = key.strip_prefix("quorate.") {
+            if let Some(own) = own_key(&key) {
                 return Err(ConfigError::UnknownOwnKey {
                     path: path.to_owned(),
                     key: own.to_owned(),
@@ -160,21 +160,23 @@ struct Setting {
 
 /// The setting that `key` stands for, whatever its case.
 fn find(key: &str) -> Option<Setting> {
-    let key = match key.split_once('.') {
-        Some((section, own)) if section.eq_ignore_ascii_case(OWN_SECTION) => {
-            if !own_keys().any(|known| known.eq_ignore_ascii_case(own)) {
-                return None;
-            }
-            own
-        }
-        _ => key,
-    };
+    let own = own_key(key);
+    if own.is_some_and(|own| !own_keys().any(|known| known.eq_ignore_ascii_case(own))) {
+        return None;
+    }
+    let key = own.unwrap_or(key);
     let of_flag = |flag: &'static Flag| {
         flag.key().map(|key| Setting { key, flag: Some(flag.name), slot: flag.slot })
     };
     let of_file =
         FILE_ONLY.iter().map(|only| Setting { key: only.key, flag: None, slot: only.slot });
     FLAGS.iter().filter_map(of_flag).chain(of_file).find(|s| s.key.eq_ignore_ascii_case(key))
+}
+
+/// The part of `key` behind the name of our own section, if it stands in that.
+fn own_key(key: &str) -> Option<&str> {
+    let (section, own) = key.split_once('.')?;
+    section.eq_ignore_ascii_case(OWN_SECTION).then_some(own)
 }
 
 /// The keys that may stand in our own section.

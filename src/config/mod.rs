@@ -2,10 +2,10 @@
 //! settings of our own under the same rules.
 //!
 //! [`flags`] is the one table of all flags; parsing, `--help`, the variables' names and the file's
-//! keys come from it. The way of a setting: text is parsed into [`Config`] (by [`load`] from the
-//! command line and the environment, or by [`file`] from YAML), then [`validate`] holds the rules
+//! keys come from it. The way of a setting: text is parsed into [`Config`] (by [`load()`] from the
+//! command line and the environment, or by [`mod@file`] from YAML), then [`validate`] holds the rules
 //! between fields and derives what depends on several of them, then [`support`] refuses what this
-//! release cannot do yet. A `Config` that [`load`] answers has passed all of it: zeros that stand for
+//! release cannot do yet. A `Config` that [`load()`] answers has passed all of it: zeros that stand for
 //! a default are replaced, so its users take every field at its word.
 
 pub mod duration;

@@ -104,7 +104,8 @@ fn logging(config: &mut Config) -> Result<(), ConfigError> {
         });
     }
     if outputs.contains(&LogOutput::Journal) && words.len() > 1 {
-        return Err(ConfigError::JournalNotAlone(words.clone()));
+        let quoted: Vec<String> = words.iter().map(|word| format!("{word:?}")).collect();
+        return Err(ConfigError::JournalNotAlone(format!("[{}]", quoted.join(" "))));
     }
     if outputs.contains(&LogOutput::Null) {
         outputs = BTreeSet::from([LogOutput::Null]);
