@@ -890,7 +890,7 @@ impl Node {
     /// The term of the entry at `index`; `None` if it is not held.
     pub fn term_at(&self, index: Index) -> Option<Term> {
         let log = &self.raw.raft.raft_log;
-        let held = index.0 + 1 >= log.first_index() && index.0 <= log.last_index();
+        let held = index.0 >= log.first_index() - 1 && index.0 <= log.last_index();
         held.then(|| log.term(index.0).ok().map(Term)).flatten()
     }
 
