@@ -100,6 +100,13 @@ struct Member {
 }
 
 impl Member {
+    /// Nothing is on its way here; so it is with a member that does not run.
+    fn idle(&self) -> bool {
+        self.node.as_ref().is_none_or(|node| !node.has_output())
+            && self.writes.is_empty()
+            && self.committed.is_empty()
+    }
+
     fn node(&mut self) -> &mut Node {
         self.node.as_mut().expect("the member runs")
     }
@@ -209,6 +216,9 @@ impl Cluster {
         let member = self.member(id);
         member.node = None;
         for write in std::mem::take(&mut member.writes).into_iter().take(survive) {
+            if let Some(SnapshotMetadata { conf_state: Some(state), index, .. }) = &write.snapshot {
+                member.confs.insert(*index, state.clone());
+            }
             member.disk.write(write);
         }
         member.committed.clear();
@@ -318,6 +328,7 @@ impl Cluster {
         if let Some(snapshot) = snapshot {
             member.snapshots += 1;
             member.applied = snapshot.index;
+            member.committed.retain(|entry| entry.index > snapshot.index);
             member.confs.insert(snapshot.index, snapshot.conf_state.expect("conf state"));
             member.node().applied(Index(snapshot.index));
         }
@@ -332,7 +343,10 @@ impl Cluster {
             member.applied = entry.index;
             if entry.r#type == EntryType::EntryConfChange as i32 {
                 let change = confchange::decode(&entry.data).expect("a sound conf change");
-                let state = member.node().apply_conf_change(Some(&change)).expect("applies");
+                let state = member
+                    .node()
+                    .apply_conf_change(Index(entry.index), Some(&change))
+                    .expect("applies");
                 member.confs.insert(entry.index, state);
             }
             member.node().applied(Index(entry.index));
@@ -374,11 +388,7 @@ impl Cluster {
             }
             if !self.network.is_empty() {
                 self.deliver(0);
-            } else if self
-                .running()
-                .iter()
-                .all(|id| !self.members[id].node.as_ref().is_some_and(Node::has_output))
-            {
+            } else if self.members.values().all(Member::idle) {
                 return;
             }
         }
@@ -821,6 +831,10 @@ fn a_member_with_half_a_snapshot_does_not_campaign() {
             }
         }
     }
+    // A conf change from before the snapshot comes too late to be applied: its members know of it already.
+    let remove = conf_change(ConfChangeType::RemoveNode, 3);
+    let state = cluster.node(1).apply_conf_change(Index(49), Some(&remove)).expect("sound");
+    assert_eq!(state.voters, [1, 2, 3]);
     cluster.node(1).applied(Index(50));
     cluster.node(1).advance_ticks(1);
     assert_eq!(cluster.node(1).role(), Role::PreCandidate, "its time is long up");
@@ -1019,11 +1033,13 @@ fn chaos(seed: u64, steps: usize) -> (u64, usize) {
         let runs = cluster.members[&id].node.is_some();
         match cluster.random.below(100) {
             0..=19 if runs => cluster.node(id).tick(),
-            20..=54 if !cluster.network.is_empty() => {
-                // Mostly in order, now and then from anywhere.
-                let newest = if cluster.random.chance(80) { 1 } else { cluster.network.len() };
-                let at = cluster.random.below(newest);
-                cluster.deliver(at);
+            20..=54 => {
+                for _ in 0..cluster.random.below(12).min(cluster.network.len()) {
+                    // Mostly in order, now and then from anywhere.
+                    let newest = if cluster.random.chance(80) { 1 } else { cluster.network.len() };
+                    let at = cluster.random.below(newest);
+                    cluster.deliver(at);
+                }
             }
             55..=69 if runs => {
                 let count = cluster.random.below(4);
@@ -1044,7 +1060,7 @@ fn chaos(seed: u64, steps: usize) -> (u64, usize) {
                 cluster.read(id);
             }
             90 if runs => cluster.node(id).retry_reads(),
-            91 if runs => {
+            91 if runs && cluster.random.chance(40) => {
                 let survive = cluster.random.below(3);
                 cluster.crash(id, survive);
             }
@@ -1111,6 +1127,7 @@ fn chaos(seed: u64, steps: usize) -> (u64, usize) {
         }
     }
     cluster.quiet();
+    cluster.tick(20);
     let leader = cluster.elect();
     cluster.put(leader, "the end");
     cluster.tick(20);
@@ -1123,21 +1140,18 @@ fn chaos(seed: u64, steps: usize) -> (u64, usize) {
         assert_eq!(cluster.node(*id).conf_state(), state, "seed {seed}");
     }
     cluster.check_log_matching();
-    assert!(cluster.applied_data().len() > 1, "nothing was committed, seed {seed}");
+    assert!(cluster.applied_data().contains(&Bytes::from_static(b"the end")), "seed {seed}");
     (cluster.trace, cluster.log.len())
 }
 
 #[test]
 fn nothing_committed_is_lost_whatever_goes_wrong() {
-    let seeds = match std::env::var("RAFT_SEED") {
-        Ok(seed) => {
-            let seed = seed.parse().expect("a number");
-            seed..seed + 1
-        }
-        Err(_) => 1..41,
-    };
-    let committed: usize = seeds.map(|seed| chaos(seed, 6000).1).sum();
-    assert!(committed > 1000, "{committed}");
+    if let Ok(seed) = std::env::var("RAFT_SEED") {
+        chaos(seed.parse().expect("a number"), 6000);
+        return;
+    }
+    let committed: usize = (1..41).map(|seed| chaos(seed, 6000).1).sum();
+    assert!(committed > 3000, "{committed} entries were committed");
 }
 
 #[test]
@@ -1305,7 +1319,7 @@ fn no_message_ends_the_process() {
                 if entry.r#type == EntryType::EntryConfChange as i32 {
                     let change = confchange::decode(&entry.data).expect("checked on its way in");
                     // Removing the last voter is an error, not a panic.
-                    let _ = member.node().apply_conf_change(Some(&change));
+                    let _ = member.node().apply_conf_change(Index(entry.index), Some(&change));
                 }
                 member.node().applied(Index(entry.index));
             }

@@ -111,7 +111,7 @@ pub(super) fn well_formed(message: &Message, id: u64) -> Result<MessageType, Ste
     match checked {
         MsgPropose => proposal(message)?,
         MsgAppend => append(message)?,
-        MsgSnapshot => snapshot(message, id)?,
+        MsgSnapshot => snapshot(message)?,
         MsgReadIndex | MsgReadIndexResp if message.entries.len() != 1 => {
             return Err(StepError::BadCount { kind, count: message.entries.len() });
         }
@@ -176,7 +176,7 @@ fn payload(entry: &raftpb::Entry) -> Result<(), StepError> {
     }
 }
 
-fn snapshot(message: &Message, id: u64) -> Result<(), StepError> {
+fn snapshot(message: &Message) -> Result<(), StepError> {
     let metadata = message.snapshot.as_ref().and_then(|snapshot| snapshot.metadata.as_ref());
     let Some(metadata) = metadata else {
         return Err(StepError::BadSnapshot { index: 0, what: "no metadata" });
@@ -196,9 +196,6 @@ fn snapshot(message: &Message, id: u64) -> Result<(), StepError> {
     }
     if state.voters.is_empty() {
         return bad("no voters");
-    }
-    if !state.voters.contains(&id) && !state.learners.contains(&id) {
-        return bad("this member is not in its conf state");
     }
     Ok(())
 }

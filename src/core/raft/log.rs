@@ -201,10 +201,13 @@ impl raft::Storage for Log {
         Ok(self.last())
     }
 
-    /// A snapshot that ends before the log begins would leave its receiver a gap: better none, and ask for another.
+    /// A snapshot that ends before the log begins would leave its receiver a gap, and one of a cluster without the receiver
+    /// is not taken: better none, and ask for another.
     fn snapshot(&self, request_index: u64, to: u64) -> raft::Result<Snapshot> {
         let index = self.offered();
-        if index == 0 || index < self.front.0 || index < request_index {
+        let members = self.offer.get_metadata().get_conf_state();
+        let member = members.voters.contains(&to) || members.learners.contains(&to);
+        if index == 0 || index < self.front.0 || index < request_index || !member {
             self.wanted.set(Some(to));
             return Err(StorageError::SnapshotTemporarilyUnavailable.into());
         }
@@ -287,9 +290,11 @@ mod tests {
         let unavailable = raft::Error::from(StorageError::SnapshotTemporarilyUnavailable);
         assert_eq!(log.snapshot(0, 2), Err(unavailable));
         assert_eq!(log.wanted(), Some(2));
-        log.offer(6, 2, ConfState::default());
+        log.offer(6, 2, ConfState { voters: vec![1, 2], ..Default::default() });
         assert_eq!(log.wanted(), None);
         assert_eq!(log.snapshot(0, 2).map(|s| s.get_metadata().index), Ok(6));
+        assert!(log.snapshot(0, 4).is_err(), "not a member");
+        assert_eq!(log.take_wanted(), Some(4));
         log.compact(7);
         assert!(log.snapshot(0, 3).is_err());
         assert_eq!(log.take_wanted(), Some(3));
@@ -301,6 +306,7 @@ mod tests {
         let mut snapshot = Snapshot::default();
         snapshot.mut_metadata().index = 20;
         snapshot.mut_metadata().term = 5;
+        snapshot.mut_metadata().mut_conf_state().learners = vec![2];
         log.install(&snapshot);
         assert_eq!((log.first(), log.last(), log.term_at(20)), (21, 20, Some(5)));
         assert_eq!(log.snapshot(0, 2).map(|s| s.get_metadata().index), Ok(20));

@@ -262,6 +262,8 @@ pub struct Node {
     committed_term: u64,
     /// The leader to which the reads were last sent.
     reads_leader: u64,
+    /// Index of the last snapshot received; 0: none.
+    received: u64,
     removed: bool,
 }
 
@@ -341,6 +343,7 @@ impl Node {
             forwarded_reads: Vec::new(),
             committed_term: 0,
             reads_leader: 0,
+            received: 0,
             removed: false,
             raw,
         };
@@ -570,8 +573,9 @@ impl Node {
         self.settle();
     }
 
-    /// Applies a committed conf change and answers the members after it; to be called for each, before
-    /// [`Node::applied`]. `None` is a change that the membership refused: it changes nothing.
+    /// Applies the conf change committed at `index` and answers the members after it; to be called for each, in order,
+    /// before [`Node::applied`]. `None` is a change that the membership refused: it changes nothing. Nor does one
+    /// that a received snapshot covers, applied or not: the members are already the snapshot's.
     ///
     /// A leader that is no longer a voter steps down.
     ///
@@ -579,9 +583,12 @@ impl Node {
     /// Nothing changed. The log holds what no etcd member would apply either: the member cannot go on.
     pub fn apply_conf_change(
         &mut self,
+        index: Index,
         change: Option<&raftpb::ConfChange>,
     ) -> Result<raftpb::ConfState, ConfChangeError> {
-        let Some(change) = change else { return Ok(self.conf_state()) };
+        let Some(change) = change.filter(|_| index.0 > self.received) else {
+            return Ok(self.conf_state());
+        };
         let Some(inner) = confchange::to_apply(change)? else { return Ok(self.conf_state()) };
         let member = self.raw.raft.prs().get(self.id).is_some();
         // The crate's one error for a single change.
@@ -765,6 +772,9 @@ impl Node {
         if raft.randomized_election_timeout() != self.timeout {
             raft.set_randomized_election_timeout(self.timeout);
         }
+        if let Some(snapshot) = raft.raft_log.unstable_snapshot() {
+            self.received = snapshot.get_metadata().index;
+        }
         let (term, leader) = (raft.term, raft.leader_id);
         let first_commit = self.committed_term != term && self.committed_in_term();
         if first_commit {
@@ -890,7 +900,7 @@ impl Node {
     /// The term of the entry at `index`; `None` if it is not held.
     pub fn term_at(&self, index: Index) -> Option<Term> {
         let log = &self.raw.raft.raft_log;
-        let held = index.0 + 1 >= log.first_index() && index.0 <= log.last_index();
+        let held = index.0 >= log.first_index() - 1 && index.0 <= log.last_index();
         held.then(|| log.term(index.0).ok().map(Term)).flatten()
     }
 
