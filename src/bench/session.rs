@@ -329,6 +329,7 @@ impl Session {
                 Err(error) => return Err(error),
             }
         }
+        self.delivery.forget();
         let (received, possible) = (self.delivery.received(), self.possible_events);
         if received > self.events + possible {
             return Err(BenchError::EventsExtra { expected: self.events + possible, received });
