@@ -221,7 +221,9 @@ impl Applier {
         let term = Term(entry.term);
         match outcome.kind {
             Kind::Empty => self.links.promoted.do_send(Promoted(term)),
-            Kind::ConfChange(change) => self.links.raft.do_send(ConfChanged(change)),
+            Kind::ConfChange(change) => {
+                self.links.raft.do_send(ConfChanged { index: Index(entry.index), change })
+            }
             Kind::Request(_) => {}
         }
         if outcome.id == 0 {

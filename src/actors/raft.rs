@@ -88,7 +88,11 @@ pub struct Applied(pub Index);
 /// A configuration change was applied; `None` if it was refused.
 #[derive(Message)]
 #[rtype(result = "()")]
-pub struct ConfChanged(pub Option<raftpb::ConfChange>);
+pub struct ConfChanged {
+    /// Of the log entry.
+    pub index: Index,
+    pub change: Option<raftpb::ConfChange>,
+}
 
 /// Entries up to this index are no longer needed in memory.
 #[derive(Message)]
@@ -427,8 +431,8 @@ impl Handler<Applied> for RaftActor {
 impl Handler<ConfChanged> for RaftActor {
     type Result = ();
 
-    fn handle(&mut self, ConfChanged(change): ConfChanged, ctx: &mut Self::Context) {
-        if let Err(error) = self.node.apply_conf_change(change.as_ref()) {
+    fn handle(&mut self, ConfChanged { index, change }: ConfChanged, ctx: &mut Self::Context) {
+        if let Err(error) = self.node.apply_conf_change(index, change.as_ref()) {
             return self.exit.fail("raft", &error);
         }
         self.drive_soon(ctx);
