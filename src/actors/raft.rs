@@ -129,7 +129,6 @@ pub struct Options {
 
 struct Round {
     context: u64,
-    term: u64,
     asked: std::time::Instant,
     waiters: Vec<ReadWaiter>,
 }
@@ -255,11 +254,11 @@ impl RaftActor {
         for read in output.reads {
             self.read_index_known(read.context, read.index);
         }
-        let status = self.node.status();
+        let (term, committed) = (self.node.term(), self.node.committed());
         let view = &self.shared.raft;
-        view.term.store(status.term.0, Ordering::Release);
-        view.committed.store(status.commit.0, Ordering::Release);
-        self.metrics.proposals_committed.set(status.commit.0 as f64);
+        view.term.store(term.0, Ordering::Release);
+        view.committed.store(committed.0, Ordering::Release);
+        self.metrics.proposals_committed.set(committed.0 as f64);
     }
 
     fn leader_changed(&mut self, leader: MemberId) {
@@ -282,6 +281,7 @@ impl RaftActor {
             self.leases.do_send(LeaderChanged { leading: false, term: self.node.status().term });
         }
         if let Some(round) = self.round.take() {
+            self.node.forget_read(round.context);
             for waiter in round.waiters {
                 answer(waiter, Err(RequestError::LeaderChanged));
             }
@@ -302,7 +302,6 @@ impl RaftActor {
         let context = self.shared.next_id();
         self.round = Some(Round {
             context,
-            term: self.node.status().term.0,
             asked: std::time::Instant::now(),
             waiters: std::mem::take(&mut self.reads),
         });
@@ -352,12 +351,12 @@ impl RaftActor {
         {
             self.metrics.slow_read_indexes.increment(1);
             round.asked = std::time::Instant::now();
-            round.term = self.node.status().term.0;
             self.node.retry_reads();
         }
-        if let Some(waiters) = self.round.as_mut().map(|round| &mut round.waiters) {
-            waiters.retain(|waiter| !waiter.is_closed());
-            if waiters.is_empty() {
+        if let Some(round) = &mut self.round {
+            round.waiters.retain(|waiter| !waiter.is_closed());
+            if round.waiters.is_empty() {
+                self.node.forget_read(round.context);
                 self.round = None;
             }
         }
