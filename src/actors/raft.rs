@@ -149,6 +149,8 @@ pub struct RaftActor {
     appends: usize,
     applies: usize,
     committed: Vec<raftpb::Entry>,
+    /// A hard state that no `Append` has carried yet; only its commit index is new.
+    commit_state: Option<raftpb::HardState>,
     /// Waiters for proposals, to travel with the next `Apply`.
     waiters: Vec<(u64, oneshot::Sender<Answer>)>,
     /// Proposals that wait for a leader; their callers give up by themselves.
@@ -185,6 +187,7 @@ impl RaftActor {
             appends: 0,
             applies: 0,
             committed: Vec::new(),
+            commit_state: None,
             waiters: Vec::new(),
             parked: VecDeque::new(),
             reads: Vec::new(),
@@ -241,14 +244,18 @@ impl RaftActor {
         if let Some(change) = output.leader {
             self.leader_changed(change.leader);
         }
-        if output.number.is_some() || output.hard_state.is_some() || !output.entries.is_empty() {
-            self.appends += usize::from(output.number.is_some());
-            self.wal.do_send(Append {
-                number: output.number,
-                entries: output.entries,
-                hard_state: output.hard_state,
-                must_sync: output.must_sync,
-            });
+        self.commit_state = output.hard_state.or(self.commit_state.take());
+        if output.must_sync || !output.entries.is_empty() {
+            self.append(output.number, output.entries, output.must_sync);
+        } else if let Some(number) = output.number {
+            // A commit index that moved alone need not be on disk (formats-and-peers 1.5): it travels
+            // with the next entries, or with the next tick. But what was handed out before it must be
+            // on disk before this is acknowledged.
+            if self.node.in_flight() > 1 {
+                self.append(Some(number), Vec::new(), false);
+            } else {
+                self.node.persisted(number);
+            }
         }
         self.committed.extend(output.committed);
         for read in output.reads {
@@ -259,6 +266,12 @@ impl RaftActor {
         view.term.store(term.0, Ordering::Release);
         view.committed.store(committed.0, Ordering::Release);
         self.metrics.proposals_committed.set(committed.0 as f64);
+    }
+
+    fn append(&mut self, number: Option<u64>, entries: Vec<raftpb::Entry>, must_sync: bool) {
+        let hard_state = self.commit_state.take();
+        self.wal.do_send(Append { number, entries, hard_state, must_sync });
+        self.appends = self.node.in_flight();
     }
 
     fn leader_changed(&mut self, leader: MemberId) {
@@ -344,6 +357,9 @@ impl RaftActor {
 
     fn tick(&mut self, ctx: &mut Context<Self>) {
         self.node.tick();
+        if self.commit_state.is_some() && self.appends == 0 && !self.exit.failed() {
+            self.append(None, Vec::new(), false);
+        }
         self.parked.retain(|proposal| !proposal.reply.is_closed());
         self.reads.retain(|waiter| !waiter.is_closed());
         if let Some(round) = &mut self.round
