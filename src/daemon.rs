@@ -21,6 +21,7 @@ use crate::actors::compactor::{self, Compactor};
 use crate::actors::disk::{OsDisk, SharedDisk};
 use crate::actors::exit::{Exit, Reason};
 use crate::actors::lease::LeaseManager;
+use crate::actors::monitor::Monitor;
 use crate::actors::raft::{self, RaftActor};
 use crate::actors::shared::{Published, Shared};
 use crate::actors::snapshot::{self, Snapshotter};
@@ -55,8 +56,6 @@ use crate::transport::peer;
 const RESERVED_FILES: u64 = 150;
 /// A gRPC message may be larger than a request by this much (v3-api section 5).
 const GRPC_OVERHEAD: usize = 512 * 1024;
-/// How often gauges that nobody sets by himself are refreshed.
-const GAUGE_INTERVAL: Duration = Duration::from_secs(1);
 /// Transport threads at most: more do not help while one thread applies.
 const TRANSPORT_THREADS_MAX: usize = 8;
 
@@ -749,8 +748,9 @@ impl Daemon {
                 "serving client traffic insecurely; this is strongly discouraged!"
             );
         }
-        actix::spawn(keep_gauges(self.member.clone()));
-        actix::spawn(decide_cluster_version(self.member.clone()));
+        // Nothing asks a monitor anything: it lives as long as the thread does.
+        Monitor::new(self.member.shared.clone(), self.member.raft.clone(), server_version())
+            .start();
         let signal = tokio::select! {
             _ = interrupts.recv() => Signal::SIGINT,
             _ = terminations.recv() => Signal::SIGTERM,
@@ -878,34 +878,6 @@ async fn publish(member: &Arc<Member>, config: &Config) -> bool {
         "published local member to cluster through raft"
     );
     true
-}
-
-/// Sets the cluster version to this server's, the lowest of all members of a cluster of one.
-async fn decide_cluster_version(member: Arc<Member>) {
-    let ours = Version { patch: 0, ..server_version() };
-    let decided = member.now().members.cluster_version;
-    if decided >= Some(ours) {
-        return;
-    }
-    let set = membershippb::ClusterVersionSetRequest { ver: ours.to_string() };
-    if let Err(error) = member.propose(Request::ClusterVersionSet(set)).await {
-        tracing::warn!(%error, "failed to update cluster version");
-    }
-}
-
-/// Refreshes gauges that no event sets.
-async fn keep_gauges(member: Arc<Member>) {
-    let metrics = member.metrics;
-    loop {
-        if let Ok(size) = member.shared.engine.size() {
-            metrics.db_size.set(size as f64);
-        }
-        if let Ok(in_use) = member.shared.engine.size_in_use() {
-            metrics.db_size_in_use.set(in_use as f64);
-        }
-        metrics.is_learner.set(f64::from(u8::from(member.now().members.is_learner())));
-        tokio::time::sleep(GAUGE_INTERVAL).await;
-    }
 }
 
 /// Tells systemd that the member serves. Failure is only logged (operations 6.5).

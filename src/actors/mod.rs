@@ -30,6 +30,7 @@ pub mod compactor;
 pub mod disk;
 pub mod exit;
 pub mod lease;
+pub mod monitor;
 pub mod raft;
 pub mod shared;
 pub mod snapshot;
