@@ -3,6 +3,7 @@
 
 mod model;
 mod readers;
+mod restore;
 mod rig;
 mod script;
 mod twin;
