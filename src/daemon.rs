@@ -304,6 +304,12 @@ fn read_directory(config: &Config, disk: &SharedDisk) -> Result<Found, StartErro
     }
     let restored = Machine::restore(&*view, blank, ttl_min, server_version())?;
     drop(view);
+    if restored.orphans > 0 {
+        tracing::warn!(
+            keys = restored.orphans,
+            "keys name a lease that does not exist; they are kept and never expire"
+        );
+    }
     let (mut machine, unfinished) = (restored.machine, restored.unfinished);
     let applied = machine.applied();
     if !exists {

@@ -12,9 +12,10 @@ use crate::core::apply::Machine;
 use crate::core::event::{Event, History, HistoryError};
 use crate::core::lease::LeaseTable;
 use crate::core::membership::Membership;
+use crate::core::mvcc::hash::KvHash;
 use crate::core::mvcc::history::event;
 use crate::core::mvcc::{ReadError, Snapshot, Values};
-use crate::core::types::{ClusterId, Index, MemberId, Term, Uptime};
+use crate::core::types::{ClusterId, Index, MemberId, Revision, Term, Uptime};
 use quorate_proto::KeyValueBytes;
 
 /// All replicated state after one applied batch of entries.
@@ -116,6 +117,42 @@ impl Shared {
             0 => None,
             id => Some(MemberId(id)),
         }
+    }
+
+    /// Reads from the newest published state; once more if a compaction took away what was read.
+    ///
+    /// # Errors
+    /// What `read` answers. `Storage`, `Damaged` and `Superseded` mean that the engine has failed.
+    pub fn read<T>(
+        &self,
+        mut read: impl FnMut(&Published, &Values<'_>) -> Result<T, ReadError>,
+    ) -> Result<T, ReadError> {
+        loop {
+            let now = self.published.load();
+            match read(&now, &Values::new(&*self.engine)) {
+                // The snapshot was older than a compaction; a newer one says so, or has the answer.
+                Err(ReadError::Superseded(_))
+                    if self.published.load().store.compact_revision()
+                        > now.store.compact_revision() => {}
+                result => return result,
+            }
+        }
+    }
+
+    /// `HashKV` at main revision `at`; the store's revision and the term of the state that it was read
+    /// from.
+    ///
+    /// # Errors
+    /// As [`Shared::read`].
+    pub fn hash_kv(&self, at: i64) -> Result<(KvHash, i64, Term), ReadError> {
+        self.read(|now, values| {
+            let view = values.view()?;
+            // What the view lacks because of a compaction, the snapshot must know as compacted.
+            if self.published.load().store.compact_revision() != now.store.compact_revision() {
+                return Err(ReadError::Superseded(Revision::default()));
+            }
+            Ok((now.store.hash_kv(view, at)?, now.store.revision(), now.term))
+        })
     }
 
     /// Entries committed but not applied: the measure of the "too many requests" gate.

@@ -20,6 +20,7 @@ use crate::actors::raft::{Answered, Proposal, RaftActor, RequestError, Requests}
 use crate::actors::shared::{Published, Shared};
 use crate::actors::watch::WatchHub;
 use crate::core::command::{Command, Request};
+use crate::core::mvcc::hash::KvHash;
 use crate::core::mvcc::{ReadError, Values};
 use crate::core::quota::{self, Quota};
 use crate::core::types::LeaseId;
@@ -221,26 +222,29 @@ impl Member {
     /// What `read` answers.
     pub fn read<T>(
         &self,
-        mut read: impl FnMut(&Published, &Values<'_>) -> Result<T, ReadError>,
+        read: impl FnMut(&Published, &Values<'_>) -> Result<T, ReadError>,
     ) -> Result<T, ReadError> {
-        loop {
-            let now = self.shared.published.load();
-            match read(&now, &Values::new(&*self.shared.engine)) {
-                // The snapshot was older than a compaction; a newer one says so, or has the answer.
-                Err(ReadError::Superseded(_))
-                    if self.shared.published.load().store.compact_revision()
-                        > now.store.compact_revision() => {}
-                Err(
-                    error @ (ReadError::Storage(_)
-                    | ReadError::Damaged(_)
-                    | ReadError::Superseded(_)),
-                ) => {
-                    self.exit.fail("storage engine", &error);
-                    return Err(error);
-                }
-                result => return result,
-            }
+        self.stop_if_failed(self.shared.read(read))
+    }
+
+    /// Stops the member if a read failed for what is wrong with the engine.
+    fn stop_if_failed<T>(&self, result: Result<T, ReadError>) -> Result<T, ReadError> {
+        if let Err(
+            error @ (ReadError::Storage(_) | ReadError::Damaged(_) | ReadError::Superseded(_)),
+        ) = &result
+        {
+            self.exit.fail("storage engine", error);
         }
+        result
+    }
+
+    /// `HashKV` with its header.
+    ///
+    /// # Errors
+    /// As [`Member::read`].
+    pub fn hash_kv(&self, at: i64) -> Result<(KvHash, Option<pb::ResponseHeader>), ReadError> {
+        let (hashed, revision, term) = self.stop_if_failed(self.shared.hash_kv(at))?;
+        Ok((hashed, self.header_at(revision, term.0)))
     }
 
     /// Renews a lease.

@@ -137,10 +137,11 @@ impl Snapshot {
             SortTarget::Version => a.found.version.cmp(&b.found.version),
             SortTarget::Create => a.found.created.main.cmp(&b.found.created.main),
             SortTarget::Mod => a.found.modified.main.cmp(&b.found.modified.main),
-            SortTarget::Value => {
-                let value = |row: &Row<'_>| row.value.as_ref().map(|(_, value)| value.clone());
-                value(a).cmp(&value(b))
-            }
+            SortTarget::Value => a
+                .value
+                .as_ref()
+                .map(|(_, value)| value)
+                .cmp(&b.value.as_ref().map(|(_, value)| value)),
         };
         if order == SortOrder::Descend {
             rows.sort_by(|a, b| compare(b, a));

@@ -104,6 +104,10 @@ impl<'a, 'e> Txn<'a, 'e> {
             }
             if request.ignore_lease {
                 lease = LeaseId(kept.lease);
+                // A file of another server may hold a key whose lease is gone.
+                if lease.0 != 0 && !self.leases.contains(lease) {
+                    return Err(TxnError::LeaseNotFound(lease));
+                }
             }
         }
         let revision = self.next_revision();
