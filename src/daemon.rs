@@ -178,19 +178,45 @@ fn server_version() -> Version {
 fn open_engine(config: &Config) -> Result<(Arc<dyn Engine>, bool), StartError> {
     let options = &config.storage.engine_options;
     let refused = |error: String| StartError::Refused(format!("engine-options: {error}"));
-    Ok(match config.storage.engine {
-        EngineKind::Redb => {
-            let dir = config.member.data_dir.join("member").join("engine-redb");
+    Ok(match engine_dir(config) {
+        Some(dir) => {
             let options = engine_redb::RedbOptions::from_map(options).map_err(refused)?;
             (Arc::new(engine_redb::Redb::open(&dir, &options)?), true)
         }
-        EngineKind::Memory => {
+        None => {
             if let Some(option) = options.keys().next() {
                 return Err(refused(format!("unknown option {option:?}: memory has none")));
             }
             (Arc::new(engine_memory::Memory::new()), false)
         }
     })
+}
+
+/// Where the configured engine has its files; `None` for one without any.
+fn engine_dir(config: &Config) -> Option<PathBuf> {
+    match config.storage.engine {
+        EngineKind::Redb => Some(config.member.data_dir.join("member").join("engine-redb")),
+        EngineKind::Memory => None,
+    }
+}
+
+/// Refuses a log that begins behind a snapshot when the engine's files are gone. Without a snapshot
+/// the log holds everything, and an engine is filled from it.
+fn check_engine_is_there(config: &Config, disk: &SharedDisk) -> Result<(), StartError> {
+    let Some(dir) = engine_dir(config).filter(|dir| !dir.exists()) else { return Ok(()) };
+    let wal_dir = config.member.wal_dir();
+    let newest =
+        wal_log::read(&**disk, &wal_dir, |valid| valid.last().cloned().unwrap_or_default())?;
+    let index = newest.start.index();
+    if index > 0 {
+        return Err(StartError::Refused(format!(
+            "database file ({}) of the backend is missing, but the write-ahead log in {} goes on \
+             from a snapshot at index {index}",
+            dir.display(),
+            wal_dir.display()
+        )));
+    }
+    Ok(())
 }
 
 /// Refuses directories that are not ours to write to.
@@ -307,6 +333,9 @@ fn found_cluster(config: &Config, disk: &SharedDisk) -> Result<(), StartError> {
 fn read_directory(config: &Config, disk: &SharedDisk) -> Result<Found, StartError> {
     let wal_dir = config.member.wal_dir();
     let exists = wal_log::has_log(&**disk, &wal_dir)?;
+    if exists {
+        check_engine_is_there(config, disk)?;
+    }
     let (engine, persistent) = open_engine(config)?;
     let view = engine.view()?;
     let ttl_min = min_ttl(config.raft.election_ms);
