@@ -1,5 +1,6 @@
 //! The member as a process: reads its directory, starts the actors, serves, and stops them in reverse.
 
+use std::net::{IpAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -29,7 +30,8 @@ use crate::actors::spawn::{Seat, arbiter};
 use crate::actors::wal::{self, Close, WalWriter};
 use crate::actors::watch::WatchHub;
 use crate::cli::ETCD_VERSION;
-use crate::config::{Config, EngineKind, Gate, Origins, Retention, Url};
+use crate::config::duration::GoDuration;
+use crate::config::{Config, ConfigError, EngineKind, Gate, Origins, Retention, Url};
 use crate::core::apply::{Machine, STORAGE_VERSION};
 use crate::core::autocompact::{self, AutoCompaction};
 use crate::core::command::Request;
@@ -56,6 +58,9 @@ use crate::transport::peer;
 const RESERVED_FILES: u64 = 150;
 /// A gRPC message may be larger than a request by this much (v3-api section 5).
 const GRPC_OVERHEAD: usize = 512 * 1024;
+/// How long, and how often, a host name of a first start is looked up (operations 2.3).
+const RESOLVE_PATIENCE: Duration = Duration::from_secs(30);
+const RESOLVE_PAUSE: Duration = Duration::from_secs(1);
 /// Transport threads at most: more do not help while one thread applies.
 const TRANSPORT_THREADS_MAX: usize = 8;
 
@@ -64,6 +69,8 @@ const TRANSPORT_THREADS_MAX: usize = 8;
 enum StartError {
     #[error("{0}")]
     Refused(String),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     #[error(transparent)]
     Lock(#[from] crate::storage::lock::LockError),
     #[error(transparent)]
@@ -170,19 +177,45 @@ fn server_version() -> Version {
 fn open_engine(config: &Config) -> Result<(Arc<dyn Engine>, bool), StartError> {
     let options = &config.storage.engine_options;
     let refused = |error: String| StartError::Refused(format!("engine-options: {error}"));
-    Ok(match config.storage.engine {
-        EngineKind::Redb => {
-            let dir = config.member.data_dir.join("member").join("engine-redb");
+    Ok(match engine_dir(config) {
+        Some(dir) => {
             let options = engine_redb::RedbOptions::from_map(options).map_err(refused)?;
             (Arc::new(engine_redb::Redb::open(&dir, &options)?), true)
         }
-        EngineKind::Memory => {
+        None => {
             if let Some(option) = options.keys().next() {
                 return Err(refused(format!("unknown option {option:?}: memory has none")));
             }
             (Arc::new(engine_memory::Memory::new()), false)
         }
     })
+}
+
+/// Where the configured engine has its files; `None` for one without any.
+fn engine_dir(config: &Config) -> Option<PathBuf> {
+    match config.storage.engine {
+        EngineKind::Redb => Some(config.member.data_dir.join("member").join("engine-redb")),
+        EngineKind::Memory => None,
+    }
+}
+
+/// Refuses a log that begins behind a snapshot when the engine's files are gone. Without a snapshot
+/// the log holds everything, and an engine is filled from it.
+fn check_engine_is_there(config: &Config, disk: &SharedDisk) -> Result<(), StartError> {
+    let Some(dir) = engine_dir(config).filter(|dir| !dir.exists()) else { return Ok(()) };
+    let wal_dir = config.member.wal_dir();
+    let newest =
+        wal_log::read(&**disk, &wal_dir, |valid| valid.last().cloned().unwrap_or_default())?;
+    let index = newest.start.index();
+    if index > 0 {
+        return Err(StartError::Refused(format!(
+            "database file ({}) of the backend is missing, but the write-ahead log in {} goes on \
+             from a snapshot at index {index}",
+            dir.display(),
+            wal_dir.display()
+        )));
+    }
+    Ok(())
 }
 
 /// Refuses directories that are not ours to write to.
@@ -227,39 +260,52 @@ fn create_dir(path: &Path) -> Result<(), StartError> {
         .map_err(|source| StartError::Dir { path: path.to_path_buf(), source })
 }
 
-/// The member that a first start founds the cluster with.
-fn founder(config: &Config) -> Result<(MemberId, ClusterId, MemberRecord), StartError> {
-    let name = &config.member.name;
-    let urls = config.cluster.initial.get(name).ok_or_else(|| {
-        StartError::Refused(format!(
-            "couldn't find local name {name:?} in the initial cluster configuration"
-        ))
-    })?;
-    let texts = |urls: &[Url]| urls.iter().map(|url| url.as_str().to_string()).collect::<Vec<_>>();
-    let (mut initial, mut advertised) = (texts(urls), texts(&config.cluster.advertise_peer_urls));
-    initial.sort();
-    advertised.sort();
-    if let Some(missing) = initial.iter().find(|url| !advertised.contains(url)) {
-        return Err(StartError::Refused(format!(
-            "--initial-cluster has {name}={missing} but missing from \
-             --initial-advertise-peer-urls={}",
-            advertised.join(",")
-        )));
+/// The address that the system's resolver has for a host; IPv4 first, as Go has it.
+fn resolve(host: &str) -> std::io::Result<IpAddr> {
+    let found: Vec<IpAddr> = (host, 0).to_socket_addrs()?.map(|address| address.ip()).collect();
+    let v4 = found.iter().find(|ip| ip.is_ipv4());
+    let none = || std::io::Error::new(std::io::ErrorKind::NotFound, "the name has no address");
+    v4.or(found.first()).copied().ok_or_else(none)
+}
+
+/// Checks what a first start rests on. A name that does not resolve yet is asked for again, since in
+/// many installations it appears only once the process runs (operations 2.3).
+fn check_first_start(
+    config: &Config,
+    lookup: &dyn Fn(&str) -> std::io::Result<IpAddr>,
+    patience: Duration,
+    pause: Duration,
+) -> Result<(), ConfigError> {
+    let deadline = Instant::now() + patience;
+    loop {
+        match config.check_bootstrap(lookup) {
+            Err(error @ ConfigError::Resolve { .. }) if Instant::now() + pause < deadline => {
+                tracing::warn!(
+                    %error,
+                    "retry-interval" = %GoDuration::from(pause),
+                    "failed to resolve URL Host"
+                );
+                std::thread::sleep(pause);
+            }
+            checked => return checked,
+        }
     }
-    if let Some(missing) = advertised.iter().find(|url| !initial.contains(url)) {
-        return Err(StartError::Refused(format!(
-            "--initial-advertise-peer-urls has {missing} but missing from --initial-cluster={name}={}",
-            initial.join(",")
-        )));
-    }
-    let id = member_id(&initial, &config.cluster.token, None);
-    let record = MemberRecord { id: id.0, peer_urls: initial, ..MemberRecord::default() };
-    Ok((id, cluster_id([id]), record))
+}
+
+/// The member that a first start founds the cluster with; [`check_first_start`] has passed.
+fn founder(config: &Config) -> (MemberId, ClusterId, MemberRecord) {
+    let own = config.cluster.initial.get(&config.member.name);
+    let mut urls: Vec<String> =
+        own.into_iter().flatten().map(|url| url.as_str().to_string()).collect();
+    urls.sort();
+    let id = member_id(&urls, &config.cluster.token, None);
+    let record = MemberRecord { id: id.0, peer_urls: urls, ..MemberRecord::default() };
+    (id, cluster_id([id]), record)
 }
 
 /// Founds a cluster of one: its log begins with the member's own addition (formats-and-peers 1.5).
 fn found_cluster(config: &Config, disk: &SharedDisk) -> Result<(), StartError> {
-    let (id, cluster, member) = founder(config)?;
+    let (id, cluster, member) = founder(config);
     let metadata = walpb::Metadata { node_id: Some(id.0), cluster_id: Some(cluster.0) };
     let mut log = WalLog::create(disk.clone(), &config.member.wal_dir(), &metadata)?;
     let context = ChangeContext { member, is_promote: false };
@@ -286,6 +332,9 @@ fn found_cluster(config: &Config, disk: &SharedDisk) -> Result<(), StartError> {
 fn read_directory(config: &Config, disk: &SharedDisk) -> Result<Found, StartError> {
     let wal_dir = config.member.wal_dir();
     let exists = wal_log::has_log(&**disk, &wal_dir)?;
+    if exists {
+        check_engine_is_there(config, disk)?;
+    }
     let (engine, persistent) = open_engine(config)?;
     let view = engine.view()?;
     let ttl_min = min_ttl(config.raft.election_ms);
@@ -391,8 +440,11 @@ fn bind_all(
 fn start(config: &Config) -> Result<Daemon, StartError> {
     log_settings(config);
     check_directory(config)?;
-    create_dir(&config.member.data_dir)?;
     let disk: SharedDisk = Arc::new(OsDisk);
+    if !wal_log::has_log(&*disk, &config.member.wal_dir())? {
+        check_first_start(config, &resolve, RESOLVE_PATIENCE, RESOLVE_PAUSE)?;
+    }
+    create_dir(&config.member.data_dir)?;
     let lock = DataDirLock::take(&*disk, &config.member.data_dir, &config.member.wal_dir())?;
     let options = listener::Options {
         max_concurrent_streams: config.listen.max_concurrent_streams,
@@ -903,5 +955,76 @@ fn notify_ready() {
     match send() {
         Ok(()) => tracing::info!("notified systemd: ready"),
         Err(error) => tracing::warn!(%error, "failed to notify systemd for readiness"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::io;
+
+    use super::*;
+
+    /// A first start that advertises an address and is entered under a name.
+    fn named() -> Config {
+        let mut config = Config::default();
+        let url = |text| Url::parse(text).unwrap();
+        config.member.name = "m".to_string();
+        config.cluster.advertise_peer_urls = vec![url("http://10.0.0.1:2380")];
+        config.cluster.initial =
+            std::iter::once(("m".to_string(), vec![url("http://host:2380")])).collect();
+        config
+    }
+
+    fn check(
+        config: &Config,
+        lookup: impl Fn(u32) -> io::Result<IpAddr>,
+        patience: Duration,
+    ) -> (u32, Result<(), String>) {
+        let asked = Cell::new(0);
+        let count = |_: &str| {
+            asked.set(asked.get() + 1);
+            lookup(asked.get())
+        };
+        let checked = check_first_start(config, &count, patience, Duration::from_millis(1));
+        (asked.get(), checked.map_err(|error| error.to_string()))
+    }
+
+    #[test]
+    fn a_name_that_does_not_resolve_yet_is_asked_for_again() {
+        let late = |n| match n {
+            ..4 => Err(io::Error::other("no such host")),
+            _ => Ok(IpAddr::from([10, 0, 0, 1])),
+        };
+        assert_eq!(check(&named(), late, Duration::from_secs(60)), (4, Ok(())));
+        let (asked, checked) =
+            check(&named(), |_| Err(io::Error::other("no such host")), Duration::from_millis(20));
+        assert!((2..30).contains(&asked), "{asked}");
+        assert_eq!(
+            checked.unwrap_err(),
+            "failed to resolve http://host:2380 to match --initial-cluster=m=http://host:2380 \
+             (no such host)"
+        );
+    }
+
+    #[test]
+    fn what_no_retry_mends_fails_at_once() {
+        let (asked, checked) =
+            check(&named(), |_| Ok(IpAddr::from([10, 0, 0, 2])), Duration::from_secs(60));
+        assert_eq!(asked, 1);
+        assert!(checked.unwrap_err().starts_with("--initial-cluster has m=http://host:2380 but"));
+        let mut config = named();
+        config.member.name = "other".to_string();
+        let (asked, checked) =
+            check(&config, |_| Err(io::Error::other("never asked")), Duration::from_secs(60));
+        assert_eq!(asked, 0);
+        assert!(checked.unwrap_err().starts_with("couldn't find local name \"other\""));
+    }
+
+    #[test]
+    fn addresses_resolve_to_themselves_and_localhost_to_the_loopback() {
+        assert_eq!(resolve("192.0.2.1").unwrap(), IpAddr::from([192, 0, 2, 1]));
+        assert!(resolve("localhost").unwrap().is_loopback());
+        assert!(resolve("does.not.exist.invalid").is_err());
     }
 }

@@ -6,7 +6,7 @@
 //! Order that may never change: engine on disk, then `.snap` file on disk, then its WAL record, then
 //! release. An orphan `.snap` is harmless; a WAL record without its file is not.
 //!
-//! It also purges old files, every 30 s (formats-and-peers 1.8).
+//! It also purges old files, at start and every 30 s (formats-and-peers 1.8).
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -137,6 +137,8 @@ impl Actor for Snapshotter {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
+        // A member that never lives for an interval must not gather files without end.
+        self.purge(ctx);
         ctx.run_interval(PURGE_INTERVAL, Self::purge);
     }
 }
