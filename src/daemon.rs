@@ -448,6 +448,7 @@ fn start(config: &Config) -> Result<Daemon, StartError> {
     let lock = DataDirLock::take(&*disk, &config.member.data_dir, &config.member.wal_dir())?;
     let options = listener::Options {
         max_concurrent_streams: config.listen.max_concurrent_streams,
+        keepalive_min_time: config.listen.keepalive_min_time,
         keepalive_interval: config.listen.keepalive_interval,
         keepalive_timeout: config.listen.keepalive_timeout,
         receive_max: config.limits.max_request_bytes as usize + GRPC_OVERHEAD,
@@ -699,6 +700,7 @@ impl Running {
         let compactor_options = compactor::Options {
             batch_limit: config.compaction.batch_limit as usize,
             sleep: config.compaction.sleep_interval,
+            request_timeout: config.raft.request_timeout(),
         };
         let compactor_shared = shared.clone();
         compactor_seat.start_in(&cold, move || {

@@ -79,6 +79,8 @@ pub struct LeaseManager {
     shared: Arc<Shared>,
     raft: Addr<RaftActor>,
     election: Duration,
+    /// After it the lessor names an expired lease again.
+    retry: Duration,
     metrics: &'static Metrics,
     /// Expired leases whose revoke waits for its turn.
     expired: std::collections::VecDeque<LeaseId>,
@@ -96,6 +98,7 @@ impl LeaseManager {
         options: LessorOptions,
         election: Duration,
     ) -> Self {
+        let retry = Duration::from_millis(options.retry_ms);
         let mut lessor = Lessor::new(options);
         let published = shared.published.load();
         lessor
@@ -106,6 +109,7 @@ impl LeaseManager {
             shared,
             raft,
             election,
+            retry,
             metrics: Metrics::global(),
             expired: Default::default(),
             revoking: 0,
@@ -144,10 +148,11 @@ impl LeaseManager {
             self.revoking += 1;
             tracing::debug!("lease-id" = %id, "lease expired");
             let request = Request::LeaseRevoke(pb::LeaseRevokeRequest { id: id.0 });
-            let done = self.propose(request);
+            // An entry that was lost with its leader is never answered; it must not keep its place.
+            let done = tokio::time::timeout(self.retry, self.propose(request));
             ctx.spawn(done.into_actor(self).map(|done, this, ctx| {
                 this.revoking -= 1;
-                if matches!(done, Ok(Ok(_))) {
+                if matches!(done, Ok(Ok(Ok(_)))) {
                     this.metrics.lease_expired.increment(1);
                 }
                 this.revoke_expired(ctx);

@@ -362,6 +362,11 @@ impl RaftActor {
         }
         self.parked.retain(|proposal| !proposal.reply.is_closed());
         self.reads.retain(|waiter| !waiter.is_closed());
+        // Without a quorum nothing is handed on, and those who gave up are replaced by others.
+        self.waiters.retain(|(_, waiter)| !waiter.is_closed());
+        for (_, waiters) in &mut self.unapplied {
+            waiters.retain(|waiter| !waiter.is_closed());
+        }
         if let Some(round) = &mut self.round
             && round.asked.elapsed() >= READ_RETRY
         {

@@ -7,6 +7,7 @@ use std::time::Instant;
 use arc_swap::ArcSwap;
 use engine_api::Engine;
 
+use crate::actors::watch::Backlog;
 use crate::core::alarm::Alarms;
 use crate::core::apply::Machine;
 use crate::core::event::{Event, History, HistoryError};
@@ -72,6 +73,8 @@ pub struct Shared {
     pub raft: RaftView,
     /// Set while the engine gives space back.
     pub defragmenting: AtomicBool,
+    /// What the applier has told the watch hub and the hub has not heard yet.
+    pub unwatched: Backlog,
     started: Instant,
     next_request: AtomicU64,
 }
@@ -96,6 +99,7 @@ impl Shared {
             published: ArcSwap::from_pointee(published),
             raft: RaftView::default(),
             defragmenting: AtomicBool::new(false),
+            unwatched: Backlog::default(),
             started: Instant::now(),
             next_request: AtomicU64::new(first),
         }

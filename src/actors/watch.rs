@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use actix::prelude::*;
@@ -23,9 +24,38 @@ use crate::metrics::Metrics;
 #[rtype(result = "()")]
 pub struct Events {
     pub revision: i64,
-    pub events: Vec<Event>,
+    /// `None` if the hub is too far behind to be told: watchers then read them from history.
+    pub events: Option<Vec<Event>>,
     /// A compaction at this revision took effect among them.
     pub compacted: Option<i64>,
+    /// What the events count in the [`Backlog`].
+    pub bytes: usize,
+}
+
+/// Bytes of changes that may wait for the hub. A store that changes faster than its watchers are
+/// served must not fill the memory with what is in the engine anyway.
+const BACKLOG_BYTES: usize = 64 << 20;
+
+/// What of the hub's mailbox is changes: the applier counts them in, the hub counts them out.
+#[derive(Default)]
+pub struct Backlog(AtomicUsize);
+
+impl Backlog {
+    /// A message for the hub that has room for it.
+    pub fn pack(&self, revision: i64, events: Vec<Event>, compacted: Option<i64>) -> Events {
+        let size = |event: &Event| size_of::<Event>() + event.key.len() + event.kv.0.len();
+        let bytes = events.iter().map(size).sum();
+        if self.0.fetch_add(bytes, Ordering::AcqRel) > BACKLOG_BYTES {
+            self.0.fetch_sub(bytes, Ordering::AcqRel);
+            return Events { revision, events: None, compacted, bytes: 0 };
+        }
+        Events { revision, events: Some(events), compacted, bytes }
+    }
+
+    /// The hub has taken a message.
+    fn taken(&self, events: &Events) {
+        self.0.fetch_sub(events.bytes, Ordering::AcqRel);
+    }
 }
 
 /// A client opened a stream; its responses go into `responses`.
@@ -158,7 +188,14 @@ impl Handler<Events> for WatchHub {
 
     fn handle(&mut self, events: Events, ctx: &mut Self::Context) {
         let history = SharedHistory::new(&self.shared);
-        let result = self.hub.events(events.revision, &events.events, &history);
+        self.shared.unwatched.taken(&events);
+        let result = match &events.events {
+            Some(changes) => self.hub.events(events.revision, changes, &history),
+            None => {
+                self.hub.restored(events.revision);
+                Ok(())
+            }
+        };
         if let Some(at) = events.compacted {
             self.hub.compacted(at);
         }

@@ -74,6 +74,22 @@ struct Turn {
     flush_due: bool,
 }
 
+/// Counts a proposal until it is answered, or its caller is gone: a client that cancels drops the call.
+struct Pending(&'static Metrics);
+
+impl Pending {
+    fn new(metrics: &'static Metrics) -> Self {
+        metrics.proposals_pending.increment(1.0);
+        Pending(metrics)
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        self.0.proposals_pending.decrement(1.0);
+    }
+}
+
 thread_local! {
     static TURN: RefCell<Turn> = RefCell::default();
 }
@@ -152,10 +168,10 @@ impl Member {
             return Err(RequestError::TooLarge);
         }
         let (reply, answer) = oneshot::channel();
-        self.metrics.proposals_pending.increment(1.0);
+        let pending = Pending::new(self.metrics);
         self.gather(|turn| turn.requests.proposals.push(Proposal { id, data, reply }));
         let answer = tokio::time::timeout(self.limits.request_timeout, answer).await;
-        self.metrics.proposals_pending.decrement(1.0);
+        drop(pending);
         let result = match answer {
             Ok(Ok(answer)) => answer,
             Ok(Err(_)) => Err(RequestError::Stopped),
