@@ -387,11 +387,8 @@ async fn watches() {
         assert!(watching.next().await.canceled);
         // 26
         api.put("w2", "v").await;
-        let prefix = pb::WatchCreateRequest {
-            key: "w".into(),
-            range_end: "x".into(),
-            ..Default::default()
-        };
+        let prefix =
+            pb::WatchCreateRequest { key: "w".into(), range_end: "x".into(), ..Default::default() };
         let id = watching.created(prefix).await.watch_id;
         let ops = vec![op::put("w1", "1"), op::delete("w2", "", false), op::put("wnew", "2")];
         let at = revision(api.txn(vec![], ops, vec![]).await.unwrap().header);
@@ -403,11 +400,8 @@ async fn watches() {
         let expected: [(_, &[u8]); 3] =
             [(EventType::Put, b"w1"), (EventType::Delete, b"w2"), (EventType::Put, b"wnew")];
         assert_eq!(named, expected, "{kind:?}");
-        let tombstone = quorate_proto::KeyValue {
-            key: "w2".into(),
-            mod_revision: at,
-            ..Default::default()
-        };
+        let tombstone =
+            quorate_proto::KeyValue { key: "w2".into(), mod_revision: at, ..Default::default() };
         assert_eq!(events[1].1, tombstone, "{kind:?}");
         watching.cancel(id).await;
         assert!(watching.next().await.canceled);
@@ -426,11 +420,8 @@ async fn watches_that_are_refused() {
     let member = Member::start(Kind::Memory).await;
     let mut api = member.api();
     let mut watching = api.watching();
-    let empty = pb::WatchCreateRequest {
-        key: "x".into(),
-        range_end: "w".into(),
-        ..Default::default()
-    };
+    let empty =
+        pb::WatchCreateRequest { key: "x".into(), range_end: "w".into(), ..Default::default() };
     let reply = watching.created(empty).await;
     assert!(reply.canceled);
     assert_eq!((reply.watch_id, revision(reply.header)), (-1, 1));
@@ -480,8 +471,7 @@ async fn no_space() {
             let request = alarm(action, id, pb::AlarmType::Nospace);
             api.maintenance.alarm(request).await.unwrap().into_inner().alarms
         };
-        let listed =
-            vec![pb::AlarmMember { member_id: 77, alarm: pb::AlarmType::Nospace as i32 }];
+        let listed = vec![pb::AlarmMember { member_id: 77, alarm: pb::AlarmType::Nospace as i32 }];
         assert_eq!(ask(AlarmAction::Activate, 77).await, listed, "{kind:?}");
         assert_eq!(ask(AlarmAction::Activate, 77).await, listed, "{kind:?}");
         assert_eq!(ask(AlarmAction::Get, 0).await, listed, "{kind:?}");
@@ -558,8 +548,7 @@ async fn membership() {
             peer_ur_ls: urls.iter().map(|url| url.to_string()).collect(),
             ..Default::default()
         };
-        let refused =
-            error(Code::InvalidArgument, "etcdserver: given member URLs are invalid");
+        let refused = error(Code::InvalidArgument, "etcdserver: given member URLs are invalid");
         for urls in [&["foo"][..], &[], &["http://127.0.0.1:1/path"], &["http://127.0.0.1"]] {
             let said = api.cluster.member_add(add(urls)).await.map_err(said).unwrap_err();
             assert_eq!(said, refused, "{kind:?}: {urls:?}");
@@ -655,8 +644,7 @@ async fn authentication_is_off() {
     for kind in ALL {
         let member = Member::start(kind).await;
         let mut api = member.api();
-        let request =
-            pb::AuthenticateRequest { name: "root".into(), password: "pw".into() };
+        let request = pb::AuthenticateRequest { name: "root".into(), password: "pw".into() };
         let refused = api.auth.authenticate(request).await.map_err(said).unwrap_err();
         let off = error(Code::FailedPrecondition, "etcdserver: authentication is not enabled");
         assert_eq!(refused, off, "{kind:?}");
