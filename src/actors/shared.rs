@@ -248,3 +248,60 @@ fn storage(error: ReadError) -> HistoryError {
         }),
     }
 }
+
+#[cfg(test)]
+pub mod tests {
+    use engine_memory::Memory;
+    use quorate_proto::{etcdserverpb as pb, raftpb};
+
+    use super::*;
+    use crate::core::apply::Effects;
+    use crate::core::command::{Command, Request};
+    use crate::core::membership::Version;
+    use crate::core::quota::Quota;
+
+    /// A member whose state a test moves by hand.
+    pub struct Bench {
+        pub shared: Arc<Shared>,
+        machine: Machine,
+        next: u64,
+    }
+
+    impl Bench {
+        pub fn new() -> Bench {
+            let engine = Arc::new(Memory::new());
+            let members = Membership::new(ClusterId(1), MemberId(1), 1);
+            let version = Version::parse("3.7.0").expect("a version");
+            let view = engine.view().expect("memory does not fail");
+            let restored = Machine::restore(&*view, members, 1, version);
+            let machine = restored.expect("an empty engine is a state").machine;
+            drop(view);
+            let published = Published::of(&machine, None);
+            let shared = Arc::new(Shared::new(ClusterId(1), MemberId(1), engine, published));
+            Bench { shared, machine, next: 1 }
+        }
+
+        /// Applies a put and publishes it; answers what happened.
+        pub fn put(&mut self, key: &str) -> Vec<Event> {
+            let put = pb::PutRequest { key: key.to_string().into(), ..Default::default() };
+            let entry = raftpb::Entry {
+                term: 1,
+                index: self.next,
+                data: Command::new(self.next, Request::Put(put)).encode(),
+                ..Default::default()
+            };
+            self.next += 1;
+            let engine = self.shared.engine.clone();
+            let (values, mut effects) = (Values::new(&*engine), Effects::default());
+            self.machine
+                .apply(&values, &entry, |_| true, Quota(None), || 0, &mut effects)
+                .expect("a put is applied");
+            self.shared.published.store(Arc::new(Published::of(&self.machine, None)));
+            effects.events
+        }
+
+        pub fn revision(&self) -> i64 {
+            self.machine.store.now().revision()
+        }
+    }
+}

@@ -29,7 +29,7 @@ pub struct Watch(pub Arc<Member>);
 const CREDIT: usize = 32;
 /// The same for the bytes in them: the hub bounds those too, so a few great responses must give their
 /// room back as well, or the stream would wait for ever.
-const CREDIT_BYTES: usize = 8 << 20;
+const CREDIT_BYTES: usize = 4 << 20;
 /// The pause before a client that sends requests and reads no answers is listened to again.
 const ROOM_POLL: Duration = Duration::from_millis(10);
 
