@@ -222,6 +222,10 @@ fn check_engine_is_there(config: &Config, disk: &SharedDisk) -> Result<(), Start
 fn check_directory(config: &Config) -> Result<(), StartError> {
     let data_dir = &config.member.data_dir;
     let member = data_dir.join("member");
+    if std::fs::metadata(data_dir).is_ok_and(|found| !found.is_dir()) {
+        let source = std::io::ErrorKind::NotADirectory.into();
+        return Err(StartError::Dir { path: data_dir.clone(), source });
+    }
     if data_dir.join("proxy").exists() {
         return Err(StartError::Refused(format!(
             "data directory {} belongs to a v2 proxy",
@@ -381,6 +385,17 @@ fn read_directory(config: &Config, disk: &SharedDisk) -> Result<Found, StartErro
         return Err(StartError::Refused(format!(
             "database file ({} index {applied}) does not match with snapshot (index {index})",
             config.member.data_dir.join("member").display()
+        )));
+    }
+    // Whatever the engine has applied was on disk in the log before: this is another's or an older log.
+    // Going on would give numbers to new entries that the engine takes for done.
+    if applied.0 > recovered.last_index {
+        return Err(StartError::Refused(format!(
+            "the engine in {} has applied entry {applied}, but the write-ahead log in {} ends at \
+             entry {}",
+            config.member.data_dir.display(),
+            wal_dir.display(),
+            recovered.last_index
         )));
     }
     if let Some(torn) = &recovered.torn {
@@ -782,6 +797,7 @@ impl Daemon {
     async fn serve(mut self) -> Ended {
         let started = Instant::now();
         tracing::info!("starting etcd server");
+        self.log_addresses();
         // Handlers are there once a member has started; before, a signal simply ends it.
         let published = tokio::select! {
             published = publish(&self.member, &self.config) => published,
@@ -804,7 +820,7 @@ impl Daemon {
         for url in &self.config.listen.client_urls {
             tracing::info!(
                 traffic = "grpc+http",
-                address = url.host(),
+                address = %socket_of(url),
                 "serving client traffic insecurely; this is strongly discouraged!"
             );
         }
@@ -823,6 +839,21 @@ impl Daemon {
         tracing::info!(signal = %signal_name(signal), "received signal; shutting down");
         self.stop(&stop).await;
         Ended::Signal(signal)
+    }
+
+    /// The line that says where everything is; the sockets are bound.
+    fn log_addresses(&self) {
+        let Config { cluster, listen, .. } = &self.config;
+        let urls = |urls: &[Url]| logging::list(urls.iter().map(Url::as_str));
+        tracing::info!(
+            "local-member-id" = %self.member.shared.member_id,
+            "initial-advertise-peer-urls" = urls(&cluster.advertise_peer_urls).value(),
+            "listen-peer-urls" = urls(&listen.peer_urls).value(),
+            "advertise-client-urls" = urls(&cluster.advertise_client_urls).value(),
+            "listen-client-urls" = urls(&listen.client_urls).value(),
+            "listen-metrics-urls" = urls(&listen.metrics_urls).value(),
+            "now serving peer/client/metrics"
+        );
     }
 
     /// The member has stopped itself. What is acknowledged is in the log; nothing more is written.
@@ -893,6 +924,14 @@ impl Daemon {
             "data-dir" = %self.config.member.data_dir.display(),
             "closed etcd server"
         );
+    }
+}
+
+/// A URL's address without its scheme, as a listener shows it.
+fn socket_of(url: &Url) -> String {
+    match url.socket_path() {
+        Some(path) => path.display().to_string(),
+        None => url.host().to_string(),
     }
 }
 

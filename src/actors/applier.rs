@@ -17,7 +17,7 @@ use std::time::{Duration, Instant};
 use actix::prelude::*;
 use engine_api::Durability;
 use quorate_proto::etcdserverpb as pb;
-use quorate_proto::raftpb;
+use quorate_proto::{KeyValueBytes, raftpb};
 use rustc_hash::FxHasher;
 use tokio::sync::oneshot;
 
@@ -34,6 +34,7 @@ use crate::actors::snapshot::TakeSnapshot;
 use crate::actors::watch::Events;
 use crate::core::apply::{Effects, Kind, Machine, Outcome, Reply};
 use crate::core::command::{Command, Request};
+use crate::core::event::EventKind;
 use crate::core::membership::Membership;
 use crate::core::mvcc::Values;
 use crate::core::mvcc::compact::{Compaction, Sliced};
@@ -196,7 +197,7 @@ impl Applier {
         match &outcome.result {
             Ok(Reply::Put(_)) => self.metrics.mvcc_put.increment(1),
             Ok(Reply::DeleteRange(_)) => self.metrics.mvcc_delete.increment(1),
-            Ok(Reply::Txn(_)) => self.metrics.mvcc_txn.increment(1),
+            Ok(Reply::Txn(reply)) => self.metrics.count_txn(reply),
             _ => {}
         }
         if took >= self.options.warning_apply {
@@ -272,6 +273,11 @@ impl Applier {
         if effects.compacted.is_some() || !effects.events.is_empty() {
             self.metrics.current_revision.set(store.revision() as f64);
             self.metrics.keys.set(store.live_keys() as f64);
+            let puts = effects.events.iter().filter(|e| matches!(e.kind, EventKind::Put { .. }));
+            let bytes =
+                |kv: &KeyValueBytes| kv.parse().map_or(0, |kv| kv.key.len() + kv.value.len());
+            let bytes: usize = puts.map(|event| bytes(&event.kv)).sum();
+            self.metrics.total_put_size.increment(bytes as f64);
             self.links.watch.do_send(self.links.shared.unwatched.pack(
                 store.revision(),
                 effects.events,

@@ -18,6 +18,8 @@ use std::sync::OnceLock;
 
 use metrics::{Counter, Gauge, Histogram};
 use parking_lot::RwLock;
+use quorate_proto::etcdserverpb as pb;
+use quorate_proto::etcdserverpb::response_op::Response as OpResponse;
 use rustc_hash::FxHashMap;
 
 pub use grpc::{GrpcCall, Method, Received, StreamKind};
@@ -416,6 +418,40 @@ impl Metrics {
     /// `etcd_server_range_duration_seconds`.
     pub fn range_seconds(&self, success: bool) -> &Histogram {
         self.ranges[usize::from(success)].get_or_init(|| self.range_duration.with(&[flag(success)]))
+    }
+
+    /// Counts the operations that a transaction has executed, nested ones included; the transaction
+    /// itself counts, as in etcd, if there was more than one.
+    pub fn count_txn(&self, reply: &pb::TxnResponse) {
+        #[derive(Default)]
+        struct Done {
+            ranges: u64,
+            puts: u64,
+            deletes: u64,
+        }
+        fn gather(reply: &pb::TxnResponse, done: &mut Done) {
+            for op in &reply.responses {
+                match &op.response {
+                    Some(OpResponse::ResponseRange(_)) => done.ranges += 1,
+                    Some(OpResponse::ResponsePut(_)) => done.puts += 1,
+                    Some(OpResponse::ResponseDeleteRange(_)) => done.deletes += 1,
+                    Some(OpResponse::ResponseTxn(nested)) => gather(nested, done),
+                    None => {}
+                }
+            }
+        }
+        let mut done = Done::default();
+        gather(reply, &mut done);
+        for (counter, count) in [
+            (&self.mvcc_range, done.ranges),
+            (&self.mvcc_put, done.puts),
+            (&self.mvcc_delete, done.deletes),
+            (&self.mvcc_txn, u64::from(done.ranges + done.puts + done.deletes > 1)),
+        ] {
+            if count > 0 {
+                counter.increment(count);
+            }
+        }
     }
 
     /// Counts one call in `etcd_server_client_requests_total`. `version` is the call's

@@ -1,4 +1,13 @@
 //! The member as an operator meets it: a process, its directory, its signals, its ports and its log.
 
+mod conflict;
 mod crash;
+mod damage;
+mod full;
+mod limits;
+#[path = "../page/mod.rs"]
+mod page;
+mod pages;
 mod process;
+mod signals;
+mod words;

@@ -35,7 +35,10 @@ fn a_signal_drains_and_the_next_start_replays_nothing() {
         assert_eq!(said["signal"], name);
         let on_disk = daemon.logged("engine is on disk").unwrap();
         let closed = daemon.logged("closed etcd server").unwrap();
-        assert_eq!((&closed["name"], &closed["data-dir"]), (&"m".into(), &setup.data.display().to_string().into()));
+        assert_eq!(
+            (&closed["name"], &closed["data-dir"]),
+            (&"m".into(), &setup.data.display().to_string().into())
+        );
 
         let daemon = setup.start();
         let found = daemon.logged("restarting local member").unwrap();
@@ -56,8 +59,8 @@ fn a_second_signal_changes_nothing_and_a_client_that_hangs_is_not_waited_for_wit
             client.put(&format!("k{n}"), vec![b'v'; 1_000_000]).await.unwrap();
         }
         // A snapshot that nobody reads stays in flight.
-        let snapshot = client.maintenance.clone().snapshot(quorate_proto::etcdserverpb::SnapshotRequest {});
-        let _unread = snapshot.await.unwrap();
+        let request = quorate_proto::etcdserverpb::SnapshotRequest {};
+        let _unread = client.maintenance.clone().snapshot(request).await.unwrap();
         daemon.signal(Signal::SIGTERM);
         daemon.wait_logged("received signal; shutting down");
         let late = Setup::on(setup.data.clone(), &[]).refused();

@@ -1,5 +1,7 @@
 //! The page of `/metrics`: what must be on it, how it is read, and a Prometheus that scrapes it.
 
+#![allow(dead_code, reason = "each of the tests that share this uses a part")]
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};

@@ -221,21 +221,26 @@ impl Engine for Redb {
     /// The blocks that the file occupies. Its length can be more, since redb doubles the length when it
     /// needs room.
     fn size(&self) -> Result<u64, EngineError> {
-        self.store().size()
+        // What is committed and still in memory is about to be in the file: a quota must count it.
+        let store = self.store();
+        Ok(store.size()?.max(occupied(store.live_bytes())))
     }
 
     /// An estimate from a counter kept with each commit, so that it costs nothing: bytes of all rows, and
     /// a sixteenth for page headers and branches (a file of appended or reclaimed rows has as much; pages
     /// that deletes have thinned out are not counted). redb's exact figure needs a walk of all pages.
     fn size_in_use(&self) -> Result<u64, EngineError> {
-        let store = self.store();
-        let live = store.live_bytes();
-        Ok((live + live / 16).min(store.size()?))
+        Ok(occupied(self.store().live_bytes()))
     }
 
     fn reclaim(&self) -> Result<Reclaimed, EngineError> {
         self.rebuild()
     }
+}
+
+/// What rows of this many bytes take in a file.
+fn occupied(live: u64) -> u64 {
+    live + live / 16
 }
 
 struct RedbView(Arc<Snapshot>);

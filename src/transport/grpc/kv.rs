@@ -138,7 +138,11 @@ impl Kv {
             .record(started.elapsed());
         match refused {
             Some(error) => Err(error.into()),
-            None => Ok(seen?),
+            None => {
+                let reply = seen?;
+                self.0.metrics.count_txn(&reply);
+                Ok(reply)
+            }
         }
     }
 
