@@ -25,7 +25,8 @@ use crate::metrics::Metrics;
 #[rtype(result = "()")]
 pub struct Compacted(pub i64);
 
-/// Answered when everything superseded up to this revision is gone from the engine.
+/// Answered when everything superseded up to this revision is gone from the engine, as far as
+/// compactions up to it were asked for.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct AwaitCompaction {
@@ -208,14 +209,11 @@ impl Handler<Compacted> for Compactor {
 impl Handler<AwaitCompaction> for Compactor {
     type Result = ();
 
-    fn handle(&mut self, waiting: AwaitCompaction, ctx: &mut Self::Context) {
-        let pending = self.queue.back().is_some_and(|last| *last >= waiting.at);
+    fn handle(&mut self, mut waiting: AwaitCompaction, ctx: &mut Self::Context) {
+        // Whoever asks for more than is under way waits for that; with nothing under way, only for
+        // the disk.
+        waiting.at = self.queue.back().map_or(self.finished, |last| waiting.at.min(*last));
         self.waiting.push(waiting);
-        if !pending {
-            // Its compaction is done already, or there is none that is not.
-            self.finished =
-                self.finished.max(self.shared.published.load().store.compact_revision());
-            self.release_waiting(ctx);
-        }
+        self.release_waiting(ctx);
     }
 }
