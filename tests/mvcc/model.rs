@@ -327,6 +327,10 @@ impl Run {
             let (revision, compacted) = (twin.revision(), twin.compacted);
             let request = Maker { rng: &mut self.rng, revision, compacted }.range();
             let expected = twin.range(&request).map(|r| (r.kvs, r.more, r.count));
+            if let (Ok(page), Ok((kvs, more, count))) = (now.page(&values, &request), &expected) {
+                assert_eq!((&page.kvs, page.more), (kvs, *more), "{request:?}");
+                assert!(page.more || page.count == *count, "{request:?}: {page:?}");
+            }
             match (now.range(&values, &request), expected) {
                 (Ok(ranged), expected) => {
                     assert_eq!(Ok((ranged.kvs, ranged.more, ranged.count)), expected, "{request:?}")

@@ -242,7 +242,7 @@ impl Reader<'_> {
             match rng.below(8) {
                 0 => self.history(&mut rng),
                 1 => self.value_at(&mut rng),
-                2 if rng.one_in(4) => self.hash(&mut rng),
+                2 if rng.one_in(2) => self.hash(&mut rng),
                 _ => self.range(&mut rng),
             }
         }

@@ -98,10 +98,8 @@ pub fn range(state: &State, request: &pb::RangeRequest) -> (Vec<KeyValueBytes>, 
         request.min_create_revision,
         request.max_create_revision,
     ];
-    let in_order = match (order, target) {
-        (SortOrder::None, _) | (SortOrder::Ascend, SortTarget::Key) => true,
-        _ => false,
-    };
+    let in_order =
+        matches!((order, target), (SortOrder::None, _) | (SortOrder::Ascend, SortTarget::Key));
     if limit > 0 && in_order && bounds == [0; 4] {
         rows.truncate(limit + 1);
     }

@@ -86,7 +86,8 @@ impl<'a, 'e> Txn<'a, 'e> {
         if lease.0 != 0 && !self.leases.contains(lease) {
             return Err(TxnError::LeaseNotFound(lease));
         }
-        let found = self.current(&request.key);
+        let history = self.now().index.get(&request.key[..]);
+        let (known, found) = (history.is_some(), history.and_then(|h| h.get(i64::MAX)));
         let keeps = request.ignore_value || request.ignore_lease;
         let mut previous = None;
         if let Some(found) = found
@@ -120,7 +121,7 @@ impl<'a, 'e> Txn<'a, 'e> {
             lease: lease.0,
         };
         let stored = KeyValueBytes(kv.encode_to_vec().into());
-        self.store.put(&request.key, revision, stored.clone());
+        self.store.put(&request.key, revision, stored.clone(), known);
         if lease.0 == 0 {
             self.leases.detach(&request.key);
         } else {
