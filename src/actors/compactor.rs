@@ -25,7 +25,8 @@ use crate::metrics::Metrics;
 #[rtype(result = "()")]
 pub struct Compacted(pub i64);
 
-/// Answered when everything superseded up to this revision is gone from the engine.
+/// Answered when everything superseded up to this revision is gone from the engine; for a revision
+/// above the newest compaction, when no compaction is under way.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct AwaitCompaction {
@@ -208,14 +209,14 @@ impl Handler<Compacted> for Compactor {
 impl Handler<AwaitCompaction> for Compactor {
     type Result = ();
 
-    fn handle(&mut self, waiting: AwaitCompaction, ctx: &mut Self::Context) {
-        let pending = self.queue.back().is_some_and(|last| *last >= waiting.at);
-        self.waiting.push(waiting);
-        if !pending {
+    fn handle(&mut self, mut waiting: AwaitCompaction, ctx: &mut Self::Context) {
+        // Beyond the newest compaction there is nothing to wait for.
+        waiting.at = waiting.at.min(self.shared.published.load().store.compact_revision());
+        if self.queue.back().is_none_or(|last| *last < waiting.at) {
             // Its compaction is done already, or there is none that is not.
-            self.finished =
-                self.finished.max(self.shared.published.load().store.compact_revision());
-            self.release_waiting(ctx);
+            self.finished = self.finished.max(waiting.at);
         }
+        self.waiting.push(waiting);
+        self.release_waiting(ctx);
     }
 }
