@@ -213,6 +213,7 @@ async fn compactions() {
         fill(&mut api).await;
         let compacted = Err(error(Code::OutOfRange, COMPACTED));
         // 15
+        // A physical one that is refused waits for no more than what is under way.
         assert_eq!(api.compact(-1).await, compacted, "{kind:?}");
         assert_eq!(api.compact(0).await, Ok(6), "{kind:?}");
         assert_eq!(api.compact(0).await, compacted, "{kind:?}");
@@ -387,11 +388,8 @@ async fn watches() {
         assert!(watching.next().await.canceled);
         // 26
         api.put("w2", "v").await;
-        let prefix = pb::WatchCreateRequest {
-            key: "w".into(),
-            range_end: "x".into(),
-            ..Default::default()
-        };
+        let prefix =
+            pb::WatchCreateRequest { key: "w".into(), range_end: "x".into(), ..Default::default() };
         let id = watching.created(prefix).await.watch_id;
         let ops = vec![op::put("w1", "1"), op::delete("w2", "", false), op::put("wnew", "2")];
         let at = revision(api.txn(vec![], ops, vec![]).await.unwrap().header);
@@ -403,11 +401,8 @@ async fn watches() {
         let expected: [(_, &[u8]); 3] =
             [(EventType::Put, b"w1"), (EventType::Delete, b"w2"), (EventType::Put, b"wnew")];
         assert_eq!(named, expected, "{kind:?}");
-        let tombstone = quorate_proto::KeyValue {
-            key: "w2".into(),
-            mod_revision: at,
-            ..Default::default()
-        };
+        let tombstone =
+            quorate_proto::KeyValue { key: "w2".into(), mod_revision: at, ..Default::default() };
         assert_eq!(events[1].1, tombstone, "{kind:?}");
         watching.cancel(id).await;
         assert!(watching.next().await.canceled);
@@ -426,11 +421,8 @@ async fn watches_that_are_refused() {
     let member = Member::start(Kind::Memory).await;
     let mut api = member.api();
     let mut watching = api.watching();
-    let empty = pb::WatchCreateRequest {
-        key: "x".into(),
-        range_end: "w".into(),
-        ..Default::default()
-    };
+    let empty =
+        pb::WatchCreateRequest { key: "x".into(), range_end: "w".into(), ..Default::default() };
     let reply = watching.created(empty).await;
     assert!(reply.canceled);
     assert_eq!((reply.watch_id, revision(reply.header)), (-1, 1));
@@ -480,8 +472,7 @@ async fn no_space() {
             let request = alarm(action, id, pb::AlarmType::Nospace);
             api.maintenance.alarm(request).await.unwrap().into_inner().alarms
         };
-        let listed =
-            vec![pb::AlarmMember { member_id: 77, alarm: pb::AlarmType::Nospace as i32 }];
+        let listed = vec![pb::AlarmMember { member_id: 77, alarm: pb::AlarmType::Nospace as i32 }];
         assert_eq!(ask(AlarmAction::Activate, 77).await, listed, "{kind:?}");
         assert_eq!(ask(AlarmAction::Activate, 77).await, listed, "{kind:?}");
         assert_eq!(ask(AlarmAction::Get, 0).await, listed, "{kind:?}");
@@ -558,8 +549,7 @@ async fn membership() {
             peer_ur_ls: urls.iter().map(|url| url.to_string()).collect(),
             ..Default::default()
         };
-        let refused =
-            error(Code::InvalidArgument, "etcdserver: given member URLs are invalid");
+        let refused = error(Code::InvalidArgument, "etcdserver: given member URLs are invalid");
         for urls in [&["foo"][..], &[], &["http://127.0.0.1:1/path"], &["http://127.0.0.1"]] {
             let said = api.cluster.member_add(add(urls)).await.map_err(said).unwrap_err();
             assert_eq!(said, refused, "{kind:?}: {urls:?}");
@@ -655,8 +645,7 @@ async fn authentication_is_off() {
     for kind in ALL {
         let member = Member::start(kind).await;
         let mut api = member.api();
-        let request =
-            pb::AuthenticateRequest { name: "root".into(), password: "pw".into() };
+        let request = pb::AuthenticateRequest { name: "root".into(), password: "pw".into() };
         let refused = api.auth.authenticate(request).await.map_err(said).unwrap_err();
         let off = error(Code::FailedPrecondition, "etcdserver: authentication is not enabled");
         assert_eq!(refused, off, "{kind:?}");
@@ -680,6 +669,20 @@ async fn nested_lists_are_checked() {
         let leased = op::any(Request::RequestPut(leased));
         let ops = vec![op::put("first", "v"), op::txn(vec![leased])];
         let refused = api.txn(vec![], ops, vec![]).await;
+        assert_eq!(refused, Err(error(Code::NotFound, NO_LEASE)), "{kind:?}");
+        // The key is missed before the lease; by itself, a put misses the lease first.
+        let kept =
+            pb::PutRequest { key: "k".into(), lease: 77, ignore_value: true, ..Default::default() };
+        let alone = api.kv.put(kept.clone()).await.map_err(said).unwrap_err();
+        assert_eq!(alone, error(Code::NotFound, NO_LEASE), "{kind:?}");
+        let kept = op::any(Request::RequestPut(kept));
+        let refused = api.txn(vec![], vec![kept], vec![]).await;
+        assert_eq!(refused, Err(error(Code::InvalidArgument, KEY_NOT_FOUND)), "{kind:?}");
+        // All puts are checked before all ranges.
+        let future = op::range(pb::RangeRequest { revision: 500, ..get("k") });
+        let leased = pb::PutRequest { key: "k".into(), lease: 77, ..Default::default() };
+        let leased = op::any(Request::RequestPut(leased));
+        let refused = api.txn(vec![], vec![op::txn(vec![future]), leased], vec![]).await;
         assert_eq!(refused, Err(error(Code::NotFound, NO_LEASE)), "{kind:?}");
         // Nothing of it was written.
         let reply = api.range(get("first")).await.unwrap();

@@ -51,7 +51,8 @@ async fn the_same_requests_have_the_same_answers() {
                 Step::Watch(request) => pair.watch(&mut generator, request, &at).await,
             }
         }
-        pair.compare_histories(&generator, &format!("WIRE_SEED={seed} at the end ({kind:?})")).await;
+        pair.compare_histories(&generator, &format!("WIRE_SEED={seed} at the end ({kind:?})"))
+            .await;
     }
 }
 
@@ -312,7 +313,12 @@ impl Pair {
     }
 
     /// Watches the same past from both, up to an event that is made for it.
-    async fn watch(&mut self, generator: &mut Generator, request: pb::WatchCreateRequest, at: &str) {
+    async fn watch(
+        &mut self,
+        generator: &mut Generator,
+        request: pb::WatchCreateRequest,
+        at: &str,
+    ) {
         // An empty range is told in other words by later releases (v3-api 3.8).
         let end = &request.range_end;
         if !end.is_empty() && end != "\0" && end <= &request.key {

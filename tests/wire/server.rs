@@ -13,8 +13,8 @@ use tempfile::TempDir;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::transport::{Channel, Endpoint};
 use tonic::metadata::MetadataMap;
+use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Response, Status, Streaming};
 
 /// Within this long a member must answer, an event arrive, a process end.
@@ -122,7 +122,8 @@ impl Member {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let mut api = self.api();
-            let ready = api.kv.range(pb::RangeRequest { key: "ready".into(), ..Default::default() });
+            let ready =
+                api.kv.range(pb::RangeRequest { key: "ready".into(), ..Default::default() });
             if matches!(tokio::time::timeout(PATIENCE, ready).await, Ok(Ok(_))) {
                 return Ok(());
             }
@@ -236,14 +237,12 @@ impl Api {
     }
 
     pub async fn put(&mut self, key: &str, value: &str) -> i64 {
-        let request =
-            pb::PutRequest { value: value.to_string().into(), ..put_of(key) };
+        let request = pb::PutRequest { value: value.to_string().into(), ..put_of(key) };
         revision(self.kv.put(request).await.unwrap().into_inner().header)
     }
 
     pub async fn put_leased(&mut self, key: &str, value: &str, lease: i64) -> i64 {
-        let request =
-            pb::PutRequest { value: value.to_string().into(), lease, ..put_of(key) };
+        let request = pb::PutRequest { value: value.to_string().into(), lease, ..put_of(key) };
         revision(self.kv.put(request).await.unwrap().into_inner().header)
     }
 
