@@ -219,12 +219,18 @@ impl Services {
     async fn call(&self, request: Request<Incoming>) -> Response<tonic::body::Body> {
         let path = request.uri().path();
         let service = path.strip_prefix('/').and_then(|path| path.split_once('/'));
+        // As etcd does: what came compressed is answered compressed, whatever else the client reads.
+        let mirrored = request.headers().get("grpc-encoding").is_some_and(|name| name == "gzip");
         macro_rules! dispatch {
             ($($field:ident: $server:ty),* $(,)?) => {
                 match service {
                     $(
                         Some((<$server>::NAME, _)) if Method::from_path(path).is_some() => {
-                            self.$field.clone().call(request).await
+                            let mut server = self.$field.clone();
+                            if mirrored {
+                                server = server.send_compressed(CompressionEncoding::Gzip);
+                            }
+                            server.call(request).await
                         }
                     )*
                     Some((name, _)) if name.starts_with("grpc.reflection.") => {

@@ -213,6 +213,7 @@ async fn compactions() {
         fill(&mut api).await;
         let compacted = Err(error(Code::OutOfRange, COMPACTED));
         // 15
+        // A physical one that is refused waits for no more than what is under way.
         assert_eq!(api.compact(-1).await, compacted, "{kind:?}");
         assert_eq!(api.compact(0).await, Ok(6), "{kind:?}");
         assert_eq!(api.compact(0).await, compacted, "{kind:?}");
@@ -668,6 +669,20 @@ async fn nested_lists_are_checked() {
         let leased = op::any(Request::RequestPut(leased));
         let ops = vec![op::put("first", "v"), op::txn(vec![leased])];
         let refused = api.txn(vec![], ops, vec![]).await;
+        assert_eq!(refused, Err(error(Code::NotFound, NO_LEASE)), "{kind:?}");
+        // The key is missed before the lease; by itself, a put misses the lease first.
+        let kept =
+            pb::PutRequest { key: "k".into(), lease: 77, ignore_value: true, ..Default::default() };
+        let alone = api.kv.put(kept.clone()).await.map_err(said).unwrap_err();
+        assert_eq!(alone, error(Code::NotFound, NO_LEASE), "{kind:?}");
+        let kept = op::any(Request::RequestPut(kept));
+        let refused = api.txn(vec![], vec![kept], vec![]).await;
+        assert_eq!(refused, Err(error(Code::InvalidArgument, KEY_NOT_FOUND)), "{kind:?}");
+        // All puts are checked before all ranges.
+        let future = op::range(pb::RangeRequest { revision: 500, ..get("k") });
+        let leased = pb::PutRequest { key: "k".into(), lease: 77, ..Default::default() };
+        let leased = op::any(Request::RequestPut(leased));
+        let refused = api.txn(vec![], vec![op::txn(vec![future]), leased], vec![]).await;
         assert_eq!(refused, Err(error(Code::NotFound, NO_LEASE)), "{kind:?}");
         // Nothing of it was written.
         let reply = api.range(get("first")).await.unwrap();

@@ -3,6 +3,8 @@
 //! A failure prints seed and request; `WIRE_SEED=<seed>` runs that seed alone, `WIRE_SEEDS` and
 //! `WIRE_REQUESTS` say how many seeds of how many requests there are.
 //!
+//! Half way, the binary under test is killed and started again; the answers go on as if it had not been.
+//!
 //! What is not compared, and why:
 //! - cluster, member and term of a header: they differ between any two clusters;
 //! - the lease of a pair without a value: the generator writes no empty value, so the pair comes from
@@ -41,11 +43,16 @@ async fn the_same_requests_have_the_same_answers() {
     };
     for seed in seeds {
         let kind = if seed % 2 == 0 { Kind::Redb } else { Kind::Memory };
-        let (ours, theirs) = tokio::join!(Member::start(kind), Member::start(Kind::Etcd));
+        let (mut ours, theirs) = tokio::join!(Member::start(kind), Member::start(Kind::Etcd));
         let mut pair = Pair { ours: ours.api(), theirs: theirs.api() };
         let mut generator = Generator { rng: Rng::new(seed), revision: 1, compacted: -1 };
         for index in 0..requests {
             let at = format!("WIRE_SEED={seed} request {index} ({kind:?})");
+            if index == requests / 2 {
+                // What was answered is there again, and nothing else.
+                ours.crash().await;
+                pair.ours = ours.api();
+            }
             match generator.step() {
                 Step::Ask(call) => pair.ask(&mut generator, call, &at).await,
                 Step::Watch(request) => pair.watch(&mut generator, request, &at).await,

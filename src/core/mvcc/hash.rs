@@ -22,7 +22,8 @@ pub struct KvHash {
 }
 
 impl Snapshot {
-    /// `HashKV` at main revision `at`, 0 meaning the current one.
+    /// `HashKV` at main revision `at`, 0 meaning the current one. Nothing is as old as a negative
+    /// revision: its hash is that of an empty history, and no error, as in etcd.
     ///
     /// # Errors
     /// `Compacted`, `Future`, `Storage`.
@@ -30,8 +31,12 @@ impl Snapshot {
         if at > 0 {
             self.check_readable(at)?;
         }
-        let at = if at <= 0 { self.revision } else { at };
+        let at = if at == 0 { self.revision } else { at };
         let compacted = self.compact_revision;
+        if at < 0 {
+            let hash = crc32c::crc32c(Table::Key.name().as_bytes());
+            return Ok(KvHash { hash, compact_revision: compacted, revision: at });
+        }
         let mut kept: HashSet<Revision, BuildHasherDefault<FxHasher>> = HashSet::default();
         for history in self.index.values() {
             kept.extend(history.kept_for_hash(at));
