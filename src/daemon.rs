@@ -95,6 +95,7 @@ enum StartError {
 ///
 /// Ends by the signal that stopped it, as etcd does; exit code 1 if it could not start or go on.
 pub fn run(config: Config, _logging: Logging) -> ExitCode {
+    end_on_panic();
     let system = actix::System::new();
     let ended = system.block_on(async {
         match start(&config) {
@@ -121,6 +122,16 @@ pub fn run(config: Config, _logging: Logging) -> ExitCode {
             ExitCode::SUCCESS
         }
     }
+}
+
+/// A member that has lost an actor must not go on answering. Release builds abort on a panic anyway;
+/// this does the same, after the log line, in builds that unwind.
+fn end_on_panic() {
+    let log = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        log(info);
+        std::process::abort();
+    }));
 }
 
 /// How the member ended.
