@@ -213,7 +213,7 @@ fn storage(error: ReadError) -> HistoryError {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(crate) mod tests {
     use engine_memory::Memory;
     use quorate_proto::{etcdserverpb as pb, raftpb};
 
