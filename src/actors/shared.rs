@@ -250,7 +250,7 @@ fn storage(error: ReadError) -> HistoryError {
 }
 
 #[cfg(test)]
-pub mod tests {
+pub(crate) mod tests {
     use engine_memory::Memory;
     use quorate_proto::{etcdserverpb as pb, raftpb};
 
