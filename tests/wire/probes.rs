@@ -419,7 +419,7 @@ async fn watches() {
 #[tokio::test]
 async fn watches_that_are_refused() {
     let member = Member::start(Kind::Memory).await;
-    let mut api = member.api();
+    let api = member.api();
     let mut watching = api.watching();
     let empty =
         pb::WatchCreateRequest { key: "x".into(), range_end: "w".into(), ..Default::default() };

@@ -308,13 +308,14 @@ pub struct Watching {
 enum Responses {
     /// etcd answers the call only together with its first response.
     Opening(JoinHandle<Result<Streaming<pb::WatchResponse>, Status>>),
-    Open(Streaming<pb::WatchResponse>),
+    Open(Box<Streaming<pb::WatchResponse>>),
 }
 
 impl Responses {
     async fn next(&mut self) -> Result<Option<pb::WatchResponse>, Status> {
         if let Responses::Opening(opening) = self {
-            *self = Responses::Open(opening.await.expect("opening does not panic")?);
+            let open = opening.await.expect("opening does not panic")?;
+            *self = Responses::Open(Box::new(open));
         }
         let Responses::Open(responses) = self else { unreachable!("opened above") };
         responses.message().await
