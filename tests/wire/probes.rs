@@ -1,6 +1,8 @@
 //! The probe list (v3-api section 10): one member, what the reference release answers. Where the
 //! installed etcd gives the same answer, it is asked too.
 
+use std::time::Instant;
+
 use bytes::Bytes;
 use quorate_proto::etcdserverpb as pb;
 use quorate_proto::etcdserverpb::alarm_request::AlarmAction;
@@ -12,7 +14,9 @@ use quorate_proto::mvccpb::event::EventType;
 use sha2::{Digest, Sha256};
 use tonic::Code;
 
-use crate::server::{Api, Kind, Member, error, get, keys, kv, op, revision, said, span};
+use crate::server::{
+    Api, Kind, Member, PATIENCE, error, get, keys, kv, op, put_of, revision, said, span,
+};
 
 const COMPACTED: &str = "etcdserver: mvcc: required revision has been compacted";
 const FUTURE: &str = "etcdserver: mvcc: required revision is a future revision";
@@ -687,5 +691,122 @@ async fn nested_lists_are_checked() {
         // Nothing of it was written.
         let reply = api.range(get("first")).await.unwrap();
         assert_eq!((reply.count, revision(reply.header)), (0, 1), "{kind:?}");
+    }
+}
+
+/// Which replies have a header, and what revision it tells (v3-api 3.1).
+#[tokio::test]
+async fn headers() {
+    let member = Member::start(Kind::Memory).await;
+    let mut api = member.api();
+    let at = api.put("k", "v").await;
+    let whole = api.range(get("k")).await.unwrap().header.unwrap();
+    assert!(whole.cluster_id != 0 && whole.member_id != 0 && whole.raft_term > 0, "{whole:?}");
+    let status = api.maintenance.status(pb::StatusRequest {}).await.unwrap().into_inner();
+    assert_eq!(status.header, Some(whole));
+    assert_eq!((status.leader, status.raft_term), (whole.member_id, whole.raft_term));
+    assert_eq!(status.version, "3.7.1");
+    assert_eq!((status.db_size_quota, status.is_learner), (2_147_483_648, false));
+    assert!(status.raft_index >= status.raft_applied_index && status.raft_applied_index > 0);
+    assert!(status.db_size >= status.db_size_in_use && status.errors.is_empty(), "{status:?}");
+    assert_eq!(status.downgrade_info, Some(pb::DowngradeInfo::default()));
+    let reply = api.maintenance.alarm(pb::AlarmRequest::default()).await.unwrap().into_inner();
+    assert_eq!(reply.header, Some(whole));
+    let listed = api.lease.lease_leases(pb::LeaseLeasesRequest {}).await.unwrap().into_inner();
+    assert_eq!(listed.header, Some(whole));
+    assert_eq!(api.grant(100, 1).await.unwrap().header, Some(whole));
+    assert_eq!(api.hash_kv(0).await.unwrap().header.unwrap().revision, at);
+    for linearizable in [false, true] {
+        let request = pb::MemberListRequest { linearizable };
+        let reply = api.cluster.member_list(request).await.unwrap().into_inner();
+        assert_eq!(reply.header, Some(pb::ResponseHeader { revision: 0, ..whole }));
+        let [alone] = &reply.members[..] else { panic!("{reply:?}") };
+        assert_eq!((alone.id, alone.name.as_str()), (whole.member_id, "default"));
+        assert_eq!(alone.peer_ur_ls, [member.peer_url()]);
+        assert_eq!(alone.client_ur_ls, [format!("http://{}", member.endpoint())]);
+    }
+    let reply = api.maintenance.defragment(pb::DefragmentRequest {}).await.unwrap().into_inner();
+    assert_eq!(reply.header, None);
+    let request = pb::MoveLeaderRequest { target_id: whole.member_id };
+    let reply = api.maintenance.move_leader(request).await.unwrap().into_inner();
+    assert_eq!(reply.header, None);
+}
+
+/// Requests for a downgrade are checked; numbers that stand for no action are refused.
+#[tokio::test]
+async fn downgrades_are_validated() {
+    let member = Member::start(Kind::Memory).await;
+    let mut api = member.api();
+    let mut ask = async |action: i32, version: &str| {
+        let request = pb::DowngradeRequest { action, version: version.into() };
+        let reply = api.maintenance.downgrade(request).await;
+        reply.map(|reply| reply.into_inner().version).map_err(said)
+    };
+    // The cluster's version is decided shortly after the start.
+    let undecided = Err(error(
+        Code::FailedPrecondition,
+        "etcdserver: cluster version not found during downgrade",
+    ));
+    let deadline = Instant::now() + PATIENCE;
+    while ask(0, "3.6.0").await == undecided && Instant::now() < deadline {}
+    assert_eq!(ask(0, "3.6.0").await, Ok("3.7".into()));
+    assert_eq!(ask(0, "3.6").await, Ok("3.7".into()));
+    let target = "etcdserver: invalid downgrade target version";
+    for version in ["3.5.0", "3.7.0", "4.6.0"] {
+        let refused = Err(error(Code::InvalidArgument, target));
+        assert_eq!(ask(0, version).await, refused, "{version}");
+    }
+    let format = "etcdserver: wrong downgrade target version format";
+    for version in ["", "3", "x.y"] {
+        let refused = Err(error(Code::InvalidArgument, format));
+        assert_eq!(ask(0, version).await, refused, "{version}");
+    }
+    assert_eq!(ask(2, "").await, Ok("3.7".into()));
+    assert_eq!(ask(9, "3.6.0").await, Err(error(Code::Unknown, "etcdserver: unknown method")));
+    let request = pb::AlarmRequest { action: 9, ..Default::default() };
+    let (code, _) = api.maintenance.alarm(request).await.map_err(said).unwrap_err();
+    assert_eq!(code, Code::InvalidArgument);
+}
+
+/// A store that fills up refuses to grow, says so, and goes on after it was cleaned up.
+#[tokio::test]
+async fn a_full_store_is_cleaned_up() {
+    for kind in [Kind::Redb, Kind::Memory, Kind::Etcd] {
+        let member = Member::with_flags(kind, &["--quota-backend-bytes", "16777216"]).await;
+        let mut api = member.api();
+        let mut refused = None;
+        // The size is known anew with each commit to the engine: what comes before one still fits.
+        for i in 0..100 {
+            let value = vec![b'v'; 1 << 20].into();
+            let put = pb::PutRequest { key: format!("k{i}").into(), value, ..Default::default() };
+            if let Err(status) = api.kv.put(put).await {
+                refused = Some(said(status));
+                break;
+            }
+        }
+        let full = error(Code::ResourceExhausted, NO_SPACE);
+        assert_eq!(refused, Some(full.clone()), "{kind:?}");
+        let whole = api.maintenance.status(pb::StatusRequest {}).await.unwrap().into_inner();
+        let own = whole.header.unwrap().member_id;
+        let get_alarms = alarm(AlarmAction::Get, 0, pb::AlarmType::None);
+        let listed = api.maintenance.alarm(get_alarms).await.unwrap().into_inner().alarms;
+        let expected = pb::AlarmMember { member_id: own, alarm: pb::AlarmType::Nospace as i32 };
+        assert_eq!(listed, [expected], "{kind:?}");
+        assert_eq!(whole.errors.len(), 1, "{kind:?}: {:?}", whole.errors);
+        let small = put_of("small");
+        assert_eq!(api.kv.put(small.clone()).await.map_err(said).unwrap_err(), full, "{kind:?}");
+        // The operator's way out.
+        let everything =
+            pb::DeleteRangeRequest { key: "k".into(), range_end: "l".into(), prev_kv: false };
+        let deleted = api.kv.delete_range(everything).await.unwrap().into_inner();
+        assert!(deleted.deleted > 5, "{kind:?}: {}", deleted.deleted);
+        let at = revision(deleted.header);
+        api.compact(at).await.unwrap();
+        api.maintenance.defragment(pb::DefragmentRequest {}).await.unwrap();
+        let after = api.maintenance.status(pb::StatusRequest {}).await.unwrap().into_inner();
+        assert!(after.db_size < 4 << 20, "{kind:?}: {} bytes are left", after.db_size);
+        let disarm = alarm(AlarmAction::Deactivate, own, pb::AlarmType::Nospace);
+        api.maintenance.alarm(disarm).await.unwrap();
+        assert_eq!(revision(api.kv.put(small).await.unwrap().into_inner().header), at + 1);
     }
 }

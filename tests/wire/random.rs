@@ -16,7 +16,9 @@
 //!
 //! What is not asked, since releases differ: unknown sort orders and targets (a crash up to 3.5),
 //! watches from a negative revision (0 up to 3.4.37), leases shorter than the test (they end when
-//! the clock says so).
+//! the clock says so), compactions that do not wait for their physical part (while no key is left, HashKV
+//! covers what that part has not dropped yet), a deletion up to the last key within a transaction (the
+//! check for duplicates misses it, and a later put that is to keep the value crashes etcd).
 
 use engine_conformance::Rng;
 use quorate_proto::KeyValueBytes;
@@ -221,7 +223,13 @@ impl Generator {
         let request = match self.below(if depth < 2 { 8 } else { 6 }) {
             0 | 1 => Request::RequestRange(self.range()),
             2..=4 => Request::RequestPut(self.put()),
-            5 => Request::RequestDeleteRange(self.delete()),
+            5 => {
+                let mut delete = self.delete();
+                if delete.range_end == "\0" {
+                    delete.range_end = "b".into();
+                }
+                Request::RequestDeleteRange(delete)
+            }
             _ => Request::RequestTxn(self.txn(depth + 1)),
         };
         let request = if self.one_in(80) { None } else { Some(request) };
@@ -268,13 +276,12 @@ impl Generator {
             45..=52 => Call::Delete(self.delete()),
             53..=76 => Call::Txn(self.txn(0)),
             77..=78 => {
-                let physical = self.one_in(2);
                 // Far back, so that there is a history left to compare.
                 let revision = match self.below(4) {
                     0 => self.some_revision(),
                     _ => (self.compacted + 1).max(self.revision - 60),
                 };
-                Call::Compact(pb::CompactionRequest { revision, physical })
+                Call::Compact(pb::CompactionRequest { revision, physical: true })
             }
             79..=83 => {
                 let id = 1 + self.below(LEASES as u64 - 2) as i64;
