@@ -22,6 +22,7 @@ use crate::actors::compactor::{self, Compactor};
 use crate::actors::disk::{OsDisk, SharedDisk};
 use crate::actors::exit::{Exit, Reason};
 use crate::actors::lease::LeaseManager;
+use crate::actors::monitor::Monitor;
 use crate::actors::raft::{self, RaftActor};
 use crate::actors::shared::{Published, Shared};
 use crate::actors::snapshot::{self, Snapshotter};
@@ -57,8 +58,6 @@ use crate::transport::peer;
 const RESERVED_FILES: u64 = 150;
 /// A gRPC message may be larger than a request by this much (v3-api section 5).
 const GRPC_OVERHEAD: usize = 512 * 1024;
-/// How often gauges that nobody sets by himself are refreshed.
-const GAUGE_INTERVAL: Duration = Duration::from_secs(1);
 /// How long, and how often, a host name of a first start is looked up (operations 2.3).
 const RESOLVE_PATIENCE: Duration = Duration::from_secs(30);
 const RESOLVE_PAUSE: Duration = Duration::from_secs(1);
@@ -96,6 +95,7 @@ enum StartError {
 ///
 /// Ends by the signal that stopped it, as etcd does; exit code 1 if it could not start or go on.
 pub fn run(config: Config, _logging: Logging) -> ExitCode {
+    end_on_panic();
     let system = actix::System::new();
     let ended = system.block_on(async {
         match start(&config) {
@@ -122,6 +122,16 @@ pub fn run(config: Config, _logging: Logging) -> ExitCode {
             ExitCode::SUCCESS
         }
     }
+}
+
+/// A member that has lost an actor must not go on answering. Release builds abort on a panic anyway;
+/// this does the same, after the log line, in builds that unwind.
+fn end_on_panic() {
+    let log = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        log(info);
+        std::process::abort();
+    }));
 }
 
 /// How the member ended.
@@ -358,6 +368,12 @@ fn read_directory(config: &Config, disk: &SharedDisk) -> Result<Found, StartErro
     }
     let restored = Machine::restore(&*view, blank, ttl_min, server_version())?;
     drop(view);
+    if restored.orphans > 0 {
+        tracing::warn!(
+            keys = restored.orphans,
+            "keys name a lease that does not exist; they are kept and never expire"
+        );
+    }
     let (mut machine, unfinished) = (restored.machine, restored.unfinished);
     let applied = machine.applied();
     if !exists {
@@ -458,6 +474,7 @@ fn start(config: &Config) -> Result<Daemon, StartError> {
     let lock = DataDirLock::take(&*disk, &config.member.data_dir, &config.member.wal_dir())?;
     let options = listener::Options {
         max_concurrent_streams: config.listen.max_concurrent_streams,
+        keepalive_min_time: config.listen.keepalive_min_time,
         keepalive_interval: config.listen.keepalive_interval,
         keepalive_timeout: config.listen.keepalive_timeout,
         receive_max: config.limits.max_request_bytes as usize + GRPC_OVERHEAD,
@@ -709,6 +726,7 @@ impl Running {
         let compactor_options = compactor::Options {
             batch_limit: config.compaction.batch_limit as usize,
             sleep: config.compaction.sleep_interval,
+            request_timeout: config.raft.request_timeout(),
         };
         let compactor_shared = shared.clone();
         compactor_seat.start_in(&cold, move || {
@@ -817,8 +835,9 @@ impl Daemon {
                 "serving client traffic insecurely; this is strongly discouraged!"
             );
         }
-        actix::spawn(keep_gauges(self.member.clone()));
-        actix::spawn(decide_cluster_version(self.member.clone()));
+        // Nothing asks a monitor anything: it lives as long as the thread does.
+        Monitor::new(self.member.shared.clone(), self.member.raft.clone(), server_version())
+            .start();
         let signal = tokio::select! {
             _ = interrupts.recv() => Signal::SIGINT,
             _ = terminations.recv() => Signal::SIGTERM,
@@ -969,34 +988,6 @@ async fn publish(member: &Arc<Member>, config: &Config) -> bool {
         "published local member to cluster through raft"
     );
     true
-}
-
-/// Sets the cluster version to this server's, the lowest of all members of a cluster of one.
-async fn decide_cluster_version(member: Arc<Member>) {
-    let ours = Version { patch: 0, ..server_version() };
-    let decided = member.now().members.cluster_version;
-    if decided >= Some(ours) {
-        return;
-    }
-    let set = membershippb::ClusterVersionSetRequest { ver: ours.to_string() };
-    if let Err(error) = member.propose(Request::ClusterVersionSet(set)).await {
-        tracing::warn!(%error, "failed to update cluster version");
-    }
-}
-
-/// Refreshes gauges that no event sets.
-async fn keep_gauges(member: Arc<Member>) {
-    let metrics = member.metrics;
-    loop {
-        if let Ok(size) = member.shared.engine.size() {
-            metrics.db_size.set(size as f64);
-        }
-        if let Ok(in_use) = member.shared.engine.size_in_use() {
-            metrics.db_size_in_use.set(in_use as f64);
-        }
-        metrics.is_learner.set(f64::from(u8::from(member.now().members.is_learner())));
-        tokio::time::sleep(GAUGE_INTERVAL).await;
-    }
 }
 
 /// Tells systemd that the member serves. Failure is only logged (operations 6.5).

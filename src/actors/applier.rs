@@ -239,7 +239,7 @@ impl Applier {
 
     /// Raises the alarm for this member; the caller is answered when it is in force.
     fn raise_nospace(&mut self, id: u64) {
-        let Some(waiter) = self.waiters.remove(&id) else { return };
+        let Some(mut waiter) = self.waiters.remove(&id) else { return };
         let alarm = self.links.shared.next_id();
         let request = pb::AlarmRequest {
             action: pb::alarm_request::AlarmAction::Activate as i32,
@@ -251,9 +251,11 @@ impl Applier {
         let proposals = vec![Proposal { id: alarm, data, reply }];
         self.links.raft.do_send(Requests { proposals, reads: Vec::new() });
         actix::spawn(async move {
-            // Whatever becomes of the alarm, this caller's request has exceeded the quota.
-            drop(raised.await);
-            answer(waiter, Err(RequestError::OverQuota));
+            tokio::select! {
+                // Whatever becomes of the alarm, this caller's request has exceeded the quota.
+                _ = raised => answer(waiter, Err(RequestError::OverQuota)),
+                () = waiter.closed() => {}
+            }
         });
     }
 
@@ -276,11 +278,11 @@ impl Applier {
                 |kv: &KeyValueBytes| kv.parse().map_or(0, |kv| kv.key.len() + kv.value.len());
             let bytes: usize = puts.map(|event| bytes(&event.kv)).sum();
             self.metrics.total_put_size.increment(bytes as f64);
-            self.links.watch.do_send(Events {
-                revision: store.revision(),
-                events: effects.events,
-                compacted: effects.compacted,
-            });
+            self.links.watch.do_send(self.links.shared.unwatched.pack(
+                store.revision(),
+                effects.events,
+                effects.compacted,
+            ));
         }
         if !effects.leases.is_empty() {
             self.links.leases.do_send(LeaseChanges(effects.leases));

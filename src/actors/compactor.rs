@@ -25,7 +25,8 @@ use crate::metrics::Metrics;
 #[rtype(result = "()")]
 pub struct Compacted(pub i64);
 
-/// Answered when everything superseded up to this revision is gone from the engine.
+/// Answered when everything superseded up to this revision is gone from the engine. For a revision that
+/// is not compacted at all: when what is under way is done.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct AwaitCompaction {
@@ -40,6 +41,8 @@ pub struct Options {
     pub batch_limit: usize,
     /// Pause between slices.
     pub sleep: Duration,
+    /// How long a compaction of its own may wait for the cluster.
+    pub request_timeout: Duration,
 }
 
 /// Owns the progress of compactions.
@@ -160,12 +163,14 @@ impl Compactor {
             let (reply, done) = oneshot::channel();
             let proposals = vec![Proposal { id, data, reply }];
             self.raft.do_send(Requests { proposals, reads: Vec::new() });
+            // An entry that was lost with its leader is never answered.
+            let done = tokio::time::timeout(self.options.request_timeout, done);
             ctx.spawn(done.into_actor(self).map(move |done, this, _| {
                 use crate::actors::raft::RequestError;
                 use crate::core::apply::ApplyError;
                 let success = matches!(
                     done,
-                    Ok(Ok(_) | Err(RequestError::Apply(ApplyError::Compacted { .. })))
+                    Ok(Ok(Ok(_) | Err(RequestError::Apply(ApplyError::Compacted { .. }))))
                 );
                 this.auto.done(this.shared.now(), at, success);
                 if success {
@@ -208,14 +213,17 @@ impl Handler<Compacted> for Compactor {
 impl Handler<AwaitCompaction> for Compactor {
     type Result = ();
 
-    fn handle(&mut self, waiting: AwaitCompaction, ctx: &mut Self::Context) {
-        let pending = self.queue.back().is_some_and(|last| *last >= waiting.at);
-        self.waiting.push(waiting);
-        if !pending {
-            // Its compaction is done already, or there is none that is not.
-            self.finished =
-                self.finished.max(self.shared.published.load().store.compact_revision());
-            self.release_waiting(ctx);
+    fn handle(&mut self, mut waiting: AwaitCompaction, ctx: &mut Self::Context) {
+        match self.queue.back() {
+            Some(last) => waiting.at = waiting.at.min(*last),
+            None => {
+                // All that was ever compacted is done.
+                self.finished =
+                    self.finished.max(self.shared.published.load().store.compact_revision());
+                waiting.at = waiting.at.min(self.finished);
+            }
         }
+        self.waiting.push(waiting);
+        self.release_waiting(ctx);
     }
 }

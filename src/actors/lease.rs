@@ -79,6 +79,8 @@ pub struct LeaseManager {
     shared: Arc<Shared>,
     raft: Addr<RaftActor>,
     election: Duration,
+    /// After it the lessor names an expired lease again.
+    retry: Duration,
     metrics: &'static Metrics,
     /// Expired leases whose revoke waits for its turn.
     expired: std::collections::VecDeque<LeaseId>,
@@ -96,6 +98,7 @@ impl LeaseManager {
         options: LessorOptions,
         election: Duration,
     ) -> Self {
+        let retry = Duration::from_millis(options.retry_ms);
         let mut lessor = Lessor::new(options);
         let published = shared.published.load();
         lessor
@@ -106,6 +109,7 @@ impl LeaseManager {
             shared,
             raft,
             election,
+            retry,
             metrics: Metrics::global(),
             expired: Default::default(),
             revoking: 0,
@@ -144,10 +148,11 @@ impl LeaseManager {
             self.revoking += 1;
             tracing::debug!("lease-id" = %id, "lease expired");
             let request = Request::LeaseRevoke(pb::LeaseRevokeRequest { id: id.0 });
-            let done = self.propose(request);
+            // An entry that was lost with its leader is never answered; it must not keep its place.
+            let done = tokio::time::timeout(self.retry, self.propose(request));
             ctx.spawn(done.into_actor(self).map(|done, this, ctx| {
                 this.revoking -= 1;
-                if matches!(done, Ok(Ok(_))) {
+                if matches!(done, Ok(Ok(Ok(_)))) {
                     this.metrics.lease_expired.increment(1);
                 }
                 this.revoke_expired(ctx);
@@ -285,5 +290,44 @@ impl Handler<ListLeases> for LeaseManager {
 
     fn handle(&mut self, _: ListLeases, _: &mut Self::Context) -> Self::Result {
         MessageResult(self.lessor.list())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+    use crate::actors::shared::tests::Bench;
+    use crate::actors::spawn::Seat;
+
+    /// A leader that loses its log's tail never answers what was in it.
+    #[test]
+    fn revokes_that_are_never_answered_do_not_stop_expiry() {
+        actix::System::new().block_on(async {
+            let shared = Bench::new().shared;
+            shared.raft.term.store(1, Ordering::Release);
+            shared.raft.leading.store(true, Ordering::Release);
+            // Nobody sits here: proposals stay in the mailbox.
+            let raft = Seat::<RaftActor>::new(1024);
+            let options = LessorOptions { retry_ms: 50, ..LessorOptions::default() };
+            let election = Duration::from_millis(1);
+            let manager = LeaseManager::new(shared.clone(), raft.addr(), options, election).start();
+            let leases = 2 * REVOKES_IN_FLIGHT as i64;
+            let granted = |id| LeaseChange::Granted { id: LeaseId(id), ttl: 1, remaining: 0 };
+            manager.do_send(LeaseChanges((1..=leases).map(granted).collect()));
+            manager.do_send(Promoted(Term(1)));
+            let (first, started) = (shared.next_id(), Instant::now());
+            // Each proposal takes a request ID, and so does each look here.
+            for looks in 1.. {
+                let proposals = shared.next_id() - first - looks;
+                if proposals > leases as u64 {
+                    break;
+                }
+                let waited = started.elapsed();
+                assert!(waited < Duration::from_secs(60), "stuck after {proposals} revokes");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        });
     }
 }

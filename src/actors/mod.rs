@@ -21,7 +21,8 @@
 //! How deep the queues are: `Append` and `Apply` are bounded by credits (4 each, the rest merges in the
 //! raft node); engine batches by one in flight and an overlay of ten batches, behind which the applier
 //! holds entries back; client requests by the raft actor's mailbox and the "too many requests" gate;
-//! watch responses by 128 a stream. Messages whose number follows from these bounds are sent with
+//! watch responses by 128 and by bytes a stream; changes for the watch hub by 64 MiB, beyond which it is
+//! told only that there are some, and reads them from history. Messages whose number follows from these bounds are sent with
 //! `do_send`, which never waits; nothing else is.
 
 pub mod applier;
@@ -30,6 +31,7 @@ pub mod compactor;
 pub mod disk;
 pub mod exit;
 pub mod lease;
+pub mod monitor;
 pub mod raft;
 pub mod shared;
 pub mod snapshot;

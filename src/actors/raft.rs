@@ -129,7 +129,6 @@ pub struct Options {
 
 struct Round {
     context: u64,
-    term: u64,
     asked: std::time::Instant,
     waiters: Vec<ReadWaiter>,
 }
@@ -150,6 +149,8 @@ pub struct RaftActor {
     appends: usize,
     applies: usize,
     committed: Vec<raftpb::Entry>,
+    /// A hard state that no `Append` has carried yet; only its commit index is new.
+    commit_state: Option<raftpb::HardState>,
     /// Waiters for proposals, to travel with the next `Apply`.
     waiters: Vec<(u64, oneshot::Sender<Answer>)>,
     /// Proposals that wait for a leader; their callers give up by themselves.
@@ -186,6 +187,7 @@ impl RaftActor {
             appends: 0,
             applies: 0,
             committed: Vec::new(),
+            commit_state: None,
             waiters: Vec::new(),
             parked: VecDeque::new(),
             reads: Vec::new(),
@@ -242,24 +244,34 @@ impl RaftActor {
         if let Some(change) = output.leader {
             self.leader_changed(change.leader);
         }
-        if output.number.is_some() || output.hard_state.is_some() || !output.entries.is_empty() {
-            self.appends += usize::from(output.number.is_some());
-            self.wal.do_send(Append {
-                number: output.number,
-                entries: output.entries,
-                hard_state: output.hard_state,
-                must_sync: output.must_sync,
-            });
+        self.commit_state = output.hard_state.or(self.commit_state.take());
+        if output.must_sync || !output.entries.is_empty() {
+            self.append(output.number, output.entries, output.must_sync);
+        } else if let Some(number) = output.number {
+            // A commit index that moved alone need not be on disk (formats-and-peers 1.5): it travels
+            // with the next entries, or with the next tick. But what was handed out before it must be
+            // on disk before this is acknowledged.
+            if self.node.in_flight() > 1 {
+                self.append(Some(number), Vec::new(), false);
+            } else {
+                self.node.persisted(number);
+            }
         }
         self.committed.extend(output.committed);
         for read in output.reads {
             self.read_index_known(read.context, read.index);
         }
-        let status = self.node.status();
+        let (term, committed) = (self.node.term(), self.node.committed());
         let view = &self.shared.raft;
-        view.term.store(status.term.0, Ordering::Release);
-        view.committed.store(status.commit.0, Ordering::Release);
-        self.metrics.proposals_committed.set(status.commit.0 as f64);
+        view.term.store(term.0, Ordering::Release);
+        view.committed.store(committed.0, Ordering::Release);
+        self.metrics.proposals_committed.set(committed.0 as f64);
+    }
+
+    fn append(&mut self, number: Option<u64>, entries: Vec<raftpb::Entry>, must_sync: bool) {
+        let hard_state = self.commit_state.take();
+        self.wal.do_send(Append { number, entries, hard_state, must_sync });
+        self.appends = self.node.in_flight();
     }
 
     fn leader_changed(&mut self, leader: MemberId) {
@@ -282,6 +294,7 @@ impl RaftActor {
             self.leases.do_send(LeaderChanged { leading: false, term: self.node.status().term });
         }
         if let Some(round) = self.round.take() {
+            self.node.forget_read(round.context);
             for waiter in round.waiters {
                 answer(waiter, Err(RequestError::LeaderChanged));
             }
@@ -302,7 +315,6 @@ impl RaftActor {
         let context = self.shared.next_id();
         self.round = Some(Round {
             context,
-            term: self.node.status().term.0,
             asked: std::time::Instant::now(),
             waiters: std::mem::take(&mut self.reads),
         });
@@ -345,19 +357,27 @@ impl RaftActor {
 
     fn tick(&mut self, ctx: &mut Context<Self>) {
         self.node.tick();
+        if self.commit_state.is_some() && self.appends == 0 && !self.exit.failed() {
+            self.append(None, Vec::new(), false);
+        }
         self.parked.retain(|proposal| !proposal.reply.is_closed());
         self.reads.retain(|waiter| !waiter.is_closed());
+        // Without a quorum nothing is handed on, and those who gave up are replaced by others.
+        self.waiters.retain(|(_, waiter)| !waiter.is_closed());
+        for (_, waiters) in &mut self.unapplied {
+            waiters.retain(|waiter| !waiter.is_closed());
+        }
         if let Some(round) = &mut self.round
             && round.asked.elapsed() >= READ_RETRY
         {
             self.metrics.slow_read_indexes.increment(1);
             round.asked = std::time::Instant::now();
-            round.term = self.node.status().term.0;
             self.node.retry_reads();
         }
-        if let Some(waiters) = self.round.as_mut().map(|round| &mut round.waiters) {
-            waiters.retain(|waiter| !waiter.is_closed());
-            if waiters.is_empty() {
+        if let Some(round) = &mut self.round {
+            round.waiters.retain(|waiter| !waiter.is_closed());
+            if round.waiters.is_empty() {
+                self.node.forget_read(round.context);
                 self.round = None;
             }
         }

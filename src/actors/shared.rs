@@ -7,14 +7,16 @@ use std::time::Instant;
 use arc_swap::ArcSwap;
 use engine_api::Engine;
 
+use crate::actors::watch::Backlog;
 use crate::core::alarm::Alarms;
 use crate::core::apply::Machine;
 use crate::core::event::{Event, History, HistoryError};
 use crate::core::lease::LeaseTable;
 use crate::core::membership::Membership;
+use crate::core::mvcc::hash::KvHash;
 use crate::core::mvcc::history::event;
 use crate::core::mvcc::{ReadError, Snapshot, Values};
-use crate::core::types::{ClusterId, Index, MemberId, Term, Uptime};
+use crate::core::types::{ClusterId, Index, MemberId, Revision, Term, Uptime};
 use quorate_proto::KeyValueBytes;
 
 /// All replicated state after one applied batch of entries.
@@ -71,6 +73,8 @@ pub struct Shared {
     pub raft: RaftView,
     /// Set while the engine gives space back.
     pub defragmenting: AtomicBool,
+    /// What the applier has told the watch hub and the hub has not heard yet.
+    pub unwatched: Backlog,
     started: Instant,
     next_request: AtomicU64,
 }
@@ -95,6 +99,7 @@ impl Shared {
             published: ArcSwap::from_pointee(published),
             raft: RaftView::default(),
             defragmenting: AtomicBool::new(false),
+            unwatched: Backlog::default(),
             started: Instant::now(),
             next_request: AtomicU64::new(first),
         }
@@ -116,6 +121,42 @@ impl Shared {
             0 => None,
             id => Some(MemberId(id)),
         }
+    }
+
+    /// Reads from the newest published state; once more if a compaction took away what was read.
+    ///
+    /// # Errors
+    /// What `read` answers. `Storage`, `Damaged` and `Superseded` mean that the engine has failed.
+    pub fn read<T>(
+        &self,
+        mut read: impl FnMut(&Published, &Values<'_>) -> Result<T, ReadError>,
+    ) -> Result<T, ReadError> {
+        loop {
+            let now = self.published.load();
+            match read(&now, &Values::new(&*self.engine)) {
+                // The snapshot was older than a compaction; a newer one says so, or has the answer.
+                Err(ReadError::Superseded(_))
+                    if self.published.load().store.compact_revision()
+                        > now.store.compact_revision() => {}
+                result => return result,
+            }
+        }
+    }
+
+    /// `HashKV` at main revision `at`; the store's revision and the term of the state that it was read
+    /// from.
+    ///
+    /// # Errors
+    /// As [`Shared::read`].
+    pub fn hash_kv(&self, at: i64) -> Result<(KvHash, i64, Term), ReadError> {
+        self.read(|now, values| {
+            let view = values.view()?;
+            // What the view lacks because of a compaction, the snapshot must know as compacted.
+            if self.published.load().store.compact_revision() != now.store.compact_revision() {
+                return Err(ReadError::Superseded(Revision::default()));
+            }
+            Ok((now.store.hash_kv(view, at)?, now.store.revision(), now.term))
+        })
     }
 
     /// Entries committed but not applied: the measure of the "too many requests" gate.
@@ -205,5 +246,62 @@ fn storage(error: ReadError) -> HistoryError {
             at: "table key".into(),
             what: other.to_string(),
         }),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use engine_memory::Memory;
+    use quorate_proto::{etcdserverpb as pb, raftpb};
+
+    use super::*;
+    use crate::core::apply::Effects;
+    use crate::core::command::{Command, Request};
+    use crate::core::membership::Version;
+    use crate::core::quota::Quota;
+
+    /// A member whose state a test moves by hand.
+    pub struct Bench {
+        pub shared: Arc<Shared>,
+        machine: Machine,
+        next: u64,
+    }
+
+    impl Bench {
+        pub fn new() -> Bench {
+            let engine = Arc::new(Memory::new());
+            let members = Membership::new(ClusterId(1), MemberId(1), 1);
+            let version = Version::parse("3.7.0").expect("a version");
+            let view = engine.view().expect("memory does not fail");
+            let restored = Machine::restore(&*view, members, 1, version);
+            let machine = restored.expect("an empty engine is a state").machine;
+            drop(view);
+            let published = Published::of(&machine, None);
+            let shared = Arc::new(Shared::new(ClusterId(1), MemberId(1), engine, published));
+            Bench { shared, machine, next: 1 }
+        }
+
+        /// Applies a put and publishes it; answers what happened.
+        pub fn put(&mut self, key: &str) -> Vec<Event> {
+            let put = pb::PutRequest { key: key.to_string().into(), ..Default::default() };
+            let entry = raftpb::Entry {
+                term: 1,
+                index: self.next,
+                data: Command::new(self.next, Request::Put(put)).encode(),
+                ..Default::default()
+            };
+            self.next += 1;
+            let engine = self.shared.engine.clone();
+            let (values, mut effects) = (Values::new(&*engine), Effects::default());
+            self.machine
+                .apply(&values, &entry, |_| true, Quota(None), || 0, &mut effects)
+                .expect("a put is applied");
+            self.shared.published.store(Arc::new(Published::of(&self.machine, None)));
+            effects.events
+        }
+
+        pub fn revision(&self) -> i64 {
+            self.machine.store.now().revision()
+        }
     }
 }

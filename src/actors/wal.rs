@@ -161,7 +161,14 @@ impl Handler<SaveSnapshot> for WalWriter {
     type Result = ();
 
     fn handle(&mut self, SaveSnapshot(record): SaveSnapshot, _: &mut Self::Context) {
-        self.guarded(|this| this.log.save_snapshot(&record).map(|_| ()));
+        self.guarded(|this| {
+            // A snapshot counts only below the commit index that the log knows, which may lag.
+            if this.log.hard_state().commit < record.index() {
+                let state = raftpb::HardState { commit: record.index(), ..this.log.hard_state() };
+                this.log.append(&[], Some(&state))?;
+            }
+            this.log.save_snapshot(&record).map(|_| ())
+        });
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use actix::prelude::*;
@@ -23,9 +24,38 @@ use crate::metrics::Metrics;
 #[rtype(result = "()")]
 pub struct Events {
     pub revision: i64,
-    pub events: Vec<Event>,
+    /// `None` if the hub is too far behind to be told: watchers then read them from history.
+    pub events: Option<Vec<Event>>,
     /// A compaction at this revision took effect among them.
     pub compacted: Option<i64>,
+    /// What the events count in the [`Backlog`].
+    pub bytes: usize,
+}
+
+/// Bytes of changes that may wait for the hub. A store that changes faster than its watchers are
+/// served must not fill the memory with what is in the engine anyway.
+const BACKLOG_BYTES: usize = 64 << 20;
+
+/// What of the hub's mailbox is changes: the applier counts them in, the hub counts them out.
+#[derive(Default)]
+pub struct Backlog(AtomicUsize);
+
+impl Backlog {
+    /// A message for the hub that has room for it.
+    pub fn pack(&self, revision: i64, events: Vec<Event>, compacted: Option<i64>) -> Events {
+        let size = |event: &Event| size_of::<Event>() + event.key.len() + event.kv.0.len();
+        let bytes = events.iter().map(size).sum();
+        if self.0.fetch_add(bytes, Ordering::AcqRel) > BACKLOG_BYTES {
+            self.0.fetch_sub(bytes, Ordering::AcqRel);
+            return Events { revision, events: None, compacted, bytes: 0 };
+        }
+        Events { revision, events: Some(events), compacted, bytes }
+    }
+
+    /// The hub has taken a message.
+    fn taken(&self, events: &Events) {
+        self.0.fetch_sub(events.bytes, Ordering::AcqRel);
+    }
 }
 
 /// A client opened a stream; its responses go into `responses`.
@@ -158,7 +188,14 @@ impl Handler<Events> for WatchHub {
 
     fn handle(&mut self, events: Events, ctx: &mut Self::Context) {
         let history = SharedHistory::new(&self.shared);
-        let result = self.hub.events(events.revision, &events.events, &history);
+        self.shared.unwatched.taken(&events);
+        let result = match &events.events {
+            Some(changes) => self.hub.events(events.revision, changes, &history),
+            None => {
+                self.hub.restored(events.revision);
+                Ok(())
+            }
+        };
         if let Some(at) = events.compacted {
             self.hub.compacted(at);
         }
@@ -233,5 +270,83 @@ impl Handler<CatchUp> for WatchHub {
             ctx.notify_later(CatchUp, CATCH_UP_INTERVAL);
         }
         self.after(result, ctx);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use quorate_proto::etcdserverpb::WatchCreateRequest;
+    use quorate_proto::etcdserverpb::watch_request::RequestUnion;
+
+    use super::*;
+    use crate::actors::shared::tests::Bench;
+    use crate::core::watch::HubOptions;
+
+    async fn keys(responses: &mut mpsc::UnboundedReceiver<WatchResponse>) -> Vec<String> {
+        let response = tokio::time::timeout(Duration::from_secs(60), responses.recv()).await;
+        let events = response.expect("an answer in time").expect("the stream is open").events;
+        let pairs = events.into_iter().map(|event| event.kv.expect("a pair").parse());
+        pairs.map(|pair| String::from_utf8_lossy(&pair.expect("a pair").key).into_owned()).collect()
+    }
+
+    #[test]
+    fn what_the_hub_had_no_room_for_is_read_from_history() {
+        actix::System::new().block_on(async {
+            let mut bench = Bench::new();
+            let shared = bench.shared.clone();
+            let hub = Hub::new(HubOptions::default(), bench.revision(), 1);
+            let hub = WatchHub::new(hub, shared.clone(), Exit::new().0).start();
+            let (sender, mut responses) = mpsc::unbounded_channel();
+            let stream = StreamId(1);
+            hub.do_send(Open { stream, responses: sender });
+            let create =
+                WatchCreateRequest { key: "k".into(), range_end: "l".into(), ..Default::default() };
+            let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
+            assert_eq!(hub.send(Ask { stream, request }).await, Ok(true));
+            assert!(keys(&mut responses).await.is_empty(), "created");
+
+            let mut tell = |key: &str| {
+                let events = bench.put(key);
+                hub.do_send(shared.unwatched.pack(bench.revision(), events, None));
+            };
+            tell("k1");
+            assert_eq!(keys(&mut responses).await, ["k1"]);
+            shared.unwatched.0.fetch_add(BACKLOG_BYTES + 1, Ordering::AcqRel);
+            tell("k2");
+            tell("k3");
+            shared.unwatched.0.fetch_sub(BACKLOG_BYTES + 1, Ordering::AcqRel);
+            tell("k4");
+            let mut seen = Vec::new();
+            while seen.len() < 3 {
+                seen.extend(keys(&mut responses).await);
+            }
+            assert_eq!(seen, ["k2", "k3", "k4"], "in order, each once");
+            tell("k5");
+            assert_eq!(keys(&mut responses).await, ["k5"]);
+            assert_eq!(shared.unwatched.0.load(Ordering::Acquire), 0);
+        });
+    }
+
+    #[test]
+    fn changes_that_wait_are_bounded_in_bytes() {
+        let mut bench = Bench::new();
+        let backlog = Backlog::default();
+        let events = bench.put("k");
+        let mut waiting = Vec::new();
+        let refused = loop {
+            let packed = backlog.pack(2, vec![events[0].clone(); 10_000], None);
+            if packed.events.is_none() {
+                break packed;
+            }
+            waiting.push(packed);
+        };
+        assert_eq!(refused.bytes, 0);
+        let one = waiting[0].bytes;
+        assert!(one * waiting.len() > BACKLOG_BYTES && one * (waiting.len() - 1) <= BACKLOG_BYTES);
+        backlog.taken(&refused);
+        backlog.taken(&waiting.pop().expect("some waited"));
+        assert!(backlog.pack(2, events, None).events.is_some());
     }
 }

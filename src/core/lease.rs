@@ -182,7 +182,7 @@ impl LeaseTable {
     ///
     /// # Errors
     /// `NotFound`; the key stays where it was.
-    pub fn attach(&mut self, key: &Bytes, id: LeaseId) -> Result<(), LeaseError> {
+    pub fn attach(&mut self, key: &[u8], id: LeaseId) -> Result<(), LeaseError> {
         if id == LeaseId(0) {
             self.detach(key);
             return Ok(());
@@ -192,20 +192,21 @@ impl LeaseTable {
             return Ok(());
         }
         let lease = self.leases.get_mut(&id).ok_or(LeaseError::NotFound(id))?;
+        // A copy: a slice of the request would keep its value in memory as long as the lease lives.
+        let key = Bytes::copy_from_slice(key);
         Arc::make_mut(lease).keys.insert(key.clone());
         if let Some(before) = before {
-            self.drop_key(before, key);
+            self.drop_key(before, &key);
         }
-        self.attached.insert(key.clone(), id);
+        self.attached.insert(key, id);
         Ok(())
     }
 
     /// Frees `key` of its lease; answers which it was.
     pub fn detach(&mut self, key: &[u8]) -> Option<LeaseId> {
-        if self.attached.is_empty() {
-            return None;
-        }
-        let id = self.attached.remove(key)?;
+        // Removing what is not there would still copy every node on the way that a reader shares.
+        let id = self.lease_of(key)?;
+        self.attached.remove(key);
         self.drop_key(id, key);
         Some(id)
     }

@@ -286,6 +286,20 @@ impl<M: Deref<Target = Metrics>> Drop for GrpcCall<M> {
     }
 }
 
+/// Counts the messages that a streaming call receives.
+pub struct Received<M: Deref<Target = Metrics> = &'static Metrics> {
+    metrics: M,
+    method: Method,
+}
+
+impl<M: Deref<Target = Metrics>> Received<M> {
+    /// Counts a message; `bytes` as in [`GrpcCall::received`].
+    pub fn count(&self, bytes: usize) {
+        self.metrics.method(self.method).received.increment(1);
+        self.metrics.client_received_bytes.increment(bytes as u64);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -361,19 +375,5 @@ mod tests {
         assert_eq!(count("Put", "etcdserverpb.KV"), Some(1.0));
         assert_eq!(count("Range", "etcdserverpb.KV"), Some(0.0));
         assert_eq!(count("Lock", "v3lockpb.Lock"), None);
-    }
-}
-
-/// Counts the messages that a streaming call receives.
-pub struct Received<M: Deref<Target = Metrics> = &'static Metrics> {
-    metrics: M,
-    method: Method,
-}
-
-impl<M: Deref<Target = Metrics>> Received<M> {
-    /// Counts a message; `bytes` as in [`GrpcCall::received`].
-    pub fn count(&self, bytes: usize) {
-        self.metrics.method(self.method).received.increment(1);
-        self.metrics.client_received_bytes.increment(bytes as u64);
     }
 }

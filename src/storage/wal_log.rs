@@ -389,6 +389,11 @@ impl WalLog {
         Ok(())
     }
 
+    /// The hard state appended last.
+    pub fn hard_state(&self) -> raftpb::HardState {
+        self.hard_state
+    }
+
     /// Whether a sync is owed before anything appended is acknowledged. A commit index that moved
     /// alone need not be durable.
     pub fn sync_needed(&self) -> bool {
@@ -457,6 +462,9 @@ impl WalLog {
         self.tail_at = end;
         self.written_bytes += data_bytes;
         self.dirty = true;
+        if let Some(preparer) = &self.preparer {
+            preparer.advance(end);
+        }
         Ok(())
     }
 
@@ -832,8 +840,14 @@ struct Preparer {
 struct PreparerShared {
     /// How many segments have been asked for: the one being made is needed at once if it counts.
     wanted: AtomicU64,
+    /// How full the segment before it is, in bytes: zeros are written no faster than they are needed.
+    used: AtomicU64,
     stop: AtomicBool,
 }
+
+/// How much further the next segment is zeroed than the current one is full. A segment zeroed in one
+/// go would keep the disk busy while the log waits for it, and an idle log's disk for nothing.
+const PREPARE_AHEAD_BYTES: u64 = 4 << 20;
 
 impl Preparer {
     fn start(
@@ -873,9 +887,25 @@ impl Preparer {
         }
     }
 
+    /// Tells how many bytes of the current segment are used.
+    fn advance(&self, used: u64) {
+        let before = self.shared.used.swap(used, Ordering::Relaxed);
+        if before / SLICE_BYTES != used / SLICE_BYTES {
+            self.wake();
+        }
+    }
+
+    fn wake(&self) {
+        if let Some(thread) = &self.thread {
+            thread.thread().unpark();
+        }
+    }
+
     /// The segment asked for, without the rest of its zeros if it is not finished.
     fn take(&mut self) -> Option<Prepared> {
         self.shared.wanted.fetch_add(1, Ordering::Relaxed);
+        self.shared.used.store(0, Ordering::Relaxed);
+        self.wake();
         self.go.as_ref()?;
         self.ready.recv().ok().flatten()
     }
@@ -884,6 +914,7 @@ impl Preparer {
 impl Drop for Preparer {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::Relaxed);
+        self.wake();
         self.go = None;
         if let Some(thread) = self.thread.take() {
             // A panic has been reported by the thread itself, and nothing depends on it any more.
@@ -927,6 +958,11 @@ impl Worker {
             && self.shared.wanted.load(Ordering::Relaxed) <= count
             && !self.shared.stop.load(Ordering::Relaxed)
         {
+            if prepared.zeroed >= self.shared.used.load(Ordering::Relaxed) + PREPARE_AHEAD_BYTES {
+                // Whoever changes what this loop looks at wakes it afterwards.
+                std::thread::park();
+                continue;
+            }
             let slice = SLICE_BYTES.min(self.segment_bytes - prepared.zeroed);
             let write = prepared.file.write_at(&zeros[..slice as usize], prepared.zeroed);
             write.map_err(FileError::at("write", path))?;

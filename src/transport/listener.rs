@@ -36,14 +36,18 @@ use tower::Service as _;
 use crate::config::{Scheme, Url};
 use crate::metrics::Method;
 use crate::transport::grpc;
+use crate::transport::guard::{Guard, PING_INTERVAL_DEFAULT, Rules};
 use crate::transport::member::Member;
 
 /// What the listeners of the client port need to know.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     pub max_concurrent_streams: u32,
+    /// The least time between two pings of a gRPC client; zero for gRPC's own default.
+    pub keepalive_min_time: Duration,
     /// Idle time before the server pings a client; zero for never.
     pub keepalive_interval: Duration,
+    /// Time for the answer to such a ping; zero to send none.
     pub keepalive_timeout: Duration,
     /// The greatest message that a client may send, in bytes.
     pub receive_max: usize,
@@ -53,6 +57,16 @@ pub struct Options {
 
 /// Time that a client has to send the head of an HTTP/1.1 request (v3-api 7.3).
 const HEADER_TIMEOUT: Duration = Duration::from_secs(300);
+/// Time that a client has to say which protocol it speaks: what gRPC's server gives for a connection
+/// to be set up. HTTP/1.1 heads have more, but their first bytes must come as soon.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(120);
+/// Requests that a client may take back before they were looked at, a burst of cancelled calls, before
+/// it counts as an attack (rapid reset). The library's 20 are few for one that cancels all its watches.
+const RESETS_PENDING_MAX: usize = 200;
+/// Streams that may end in a client's own protocol errors before its connection does.
+const ERROR_RESETS_MAX: usize = 1024;
+/// Bytes of one response that the HTTP/2 library takes before the client has taken some.
+const SEND_BUFFER: usize = 400 << 10;
 /// Header list of a request, in bytes (v3-api 7.4).
 const HEADER_LIST_MAX: u32 = 16 << 20;
 /// Flow-control windows: enough for large ranges, small enough that a slow reader holds little.
@@ -205,12 +219,18 @@ impl Services {
     async fn call(&self, request: Request<Incoming>) -> Response<tonic::body::Body> {
         let path = request.uri().path();
         let service = path.strip_prefix('/').and_then(|path| path.split_once('/'));
+        // As etcd does: what came compressed is answered compressed, whatever else the client reads.
+        let mirrored = request.headers().get("grpc-encoding").is_some_and(|name| name == "gzip");
         macro_rules! dispatch {
             ($($field:ident: $server:ty),* $(,)?) => {
                 match service {
                     $(
                         Some((<$server>::NAME, _)) if Method::from_path(path).is_some() => {
-                            self.$field.clone().call(request).await
+                            let mut server = self.$field.clone();
+                            if mirrored {
+                                server = server.send_compressed(CompressionEncoding::Gzip);
+                            }
+                            server.call(request).await
                         }
                     )*
                     Some((name, _)) if name.starts_with("grpc.reflection.") => {
@@ -461,11 +481,10 @@ pub async fn accept(
             match &listener {
                 Listener::Tcp(listener) => {
                     let (stream, _) = listener.accept().await?;
-                    stream.set_nodelay(true)?;
-                    let keepalive = socket2::TcpKeepalive::new()
-                        .with_time(TCP_KEEPALIVE)
-                        .with_interval(TCP_KEEPALIVE);
-                    socket2::SockRef::from(&stream).set_tcp_keepalive(&keepalive)?;
+                    if let Err(error) = tune(&stream) {
+                        // A client that has left already; serving it finds that out.
+                        tracing::debug!(%error, "cannot set the options of a connection");
+                    }
                     Ok::<_, io::Error>(EitherFuture::Left(stream.into_std()?))
                 }
                 Listener::Unix(listener, _) => {
@@ -502,7 +521,15 @@ pub async fn accept(
     Ok(())
 }
 
-/// Whether accepting can go on: the client left, or there are too few descriptors at the moment.
+fn tune(stream: &tokio::net::TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let keepalive =
+        socket2::TcpKeepalive::new().with_time(TCP_KEEPALIVE).with_interval(TCP_KEEPALIVE);
+    socket2::SockRef::from(stream).set_tcp_keepalive(&keepalive)
+}
+
+/// Whether accepting can go on: the client left, its network failed (Linux passes such errors of the
+/// new connection on, see accept(2)), or there are too few descriptors at the moment.
 fn is_transient(error: &io::Error) -> bool {
     use nix::errno::Errno;
     matches!(
@@ -517,6 +544,16 @@ fn is_transient(error: &io::Error) -> bool {
                 | Errno::ENOMEM
                 | Errno::EINVAL
                 | Errno::ENOTCONN
+                | Errno::EPERM
+                | Errno::EPROTO
+                | Errno::ENOPROTOOPT
+                | Errno::EOPNOTSUPP
+                | Errno::ENETDOWN
+                | Errno::ENETUNREACH
+                | Errno::ENONET
+                | Errno::EHOSTDOWN
+                | Errno::EHOSTUNREACH
+                | Errno::ETIMEDOUT
         )
     )
 }
@@ -529,7 +566,8 @@ async fn serve_connection<C: AsyncRead + AsyncWrite + Unpin + 'static>(
 ) {
     let mut builder = auto::Builder::new(ThisThread);
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).keep_alive(true);
-    let interval = Some(options.keepalive_interval).filter(|interval| !interval.is_zero());
+    let interval = Some(options.keepalive_interval)
+        .filter(|interval| !interval.is_zero() && !options.keepalive_timeout.is_zero());
     builder
         .http2()
         .timer(TokioTimer::new())
@@ -537,9 +575,22 @@ async fn serve_connection<C: AsyncRead + AsyncWrite + Unpin + 'static>(
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_header_list_size(HEADER_LIST_MAX)
+        .max_pending_accept_reset_streams(RESETS_PENDING_MAX)
+        .max_local_error_reset_streams(ERROR_RESETS_MAX)
+        .max_send_buf_size(SEND_BUFFER)
         .keep_alive_interval(interval)
         .keep_alive_timeout(options.keepalive_timeout);
-    let connection = builder.serve_connection(TokioIo::new(stream), Connection(served));
+    let ping_interval = match options.keepalive_min_time {
+        Duration::ZERO => PING_INTERVAL_DEFAULT,
+        set => set,
+    };
+    let rules = Rules {
+        handshake: HANDSHAKE_TIMEOUT,
+        // gRPC's rules; plain HTTP has none.
+        ping_interval: served.grpc.is_some().then_some(ping_interval),
+    };
+    let stream = TokioIo::new(Guard::new(stream, &rules));
+    let connection = builder.serve_connection(stream, Connection(served));
     let mut connection = pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,

@@ -10,7 +10,6 @@ use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use actix::prelude::*;
-use metrics::Gauge;
 use tokio::sync::{oneshot, watch};
 
 use crate::actors::applier::Applier;
@@ -21,6 +20,7 @@ use crate::actors::raft::{Answered, Proposal, RaftActor, RequestError, Requests}
 use crate::actors::shared::{Published, Shared};
 use crate::actors::watch::WatchHub;
 use crate::core::command::{Command, Request};
+use crate::core::mvcc::hash::KvHash;
 use crate::core::mvcc::{ReadError, Values};
 use crate::core::quota::{self, Quota};
 use crate::core::types::LeaseId;
@@ -66,28 +66,28 @@ pub struct Member {
     pub next_stream: AtomicU64,
 }
 
-/// A proposal in the gauge for as long as somebody waits for it: also a client that goes away.
-struct Pending<'a>(&'a Gauge);
-
-impl<'a> Pending<'a> {
-    fn new(gauge: &'a Gauge) -> Self {
-        gauge.increment(1.0);
-        Pending(gauge)
-    }
-}
-
-impl Drop for Pending<'_> {
-    fn drop(&mut self) {
-        self.0.decrement(1.0);
-    }
-}
-
 /// What a thread has gathered in this turn of its loop.
 #[derive(Default)]
 struct Turn {
     requests: Requests,
     renewals: Vec<(LeaseId, oneshot::Sender<Renewed>)>,
     flush_due: bool,
+}
+
+/// Counts a proposal until it is answered, or its caller is gone: a client that cancels drops the call.
+struct Pending(&'static Metrics);
+
+impl Pending {
+    fn new(metrics: &'static Metrics) -> Self {
+        metrics.proposals_pending.increment(1.0);
+        Pending(metrics)
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        self.0.proposals_pending.decrement(1.0);
+    }
 }
 
 thread_local! {
@@ -168,7 +168,7 @@ impl Member {
             return Err(RequestError::TooLarge);
         }
         let (reply, answer) = oneshot::channel();
-        let pending = Pending::new(&self.metrics.proposals_pending);
+        let pending = Pending::new(self.metrics);
         self.gather(|turn| turn.requests.proposals.push(Proposal { id, data, reply }));
         let answer = tokio::time::timeout(self.limits.request_timeout, answer).await;
         drop(pending);
@@ -238,26 +238,29 @@ impl Member {
     /// What `read` answers.
     pub fn read<T>(
         &self,
-        mut read: impl FnMut(&Published, &Values<'_>) -> Result<T, ReadError>,
+        read: impl FnMut(&Published, &Values<'_>) -> Result<T, ReadError>,
     ) -> Result<T, ReadError> {
-        loop {
-            let now = self.shared.published.load();
-            match read(&now, &Values::new(&*self.shared.engine)) {
-                // The snapshot was older than a compaction; a newer one says so, or has the answer.
-                Err(ReadError::Superseded(_))
-                    if self.shared.published.load().store.compact_revision()
-                        > now.store.compact_revision() => {}
-                Err(
-                    error @ (ReadError::Storage(_)
-                    | ReadError::Damaged(_)
-                    | ReadError::Superseded(_)),
-                ) => {
-                    self.exit.fail("storage engine", &error);
-                    return Err(error);
-                }
-                result => return result,
-            }
+        self.stop_if_failed(self.shared.read(read))
+    }
+
+    /// Stops the member if a read failed for what is wrong with the engine.
+    fn stop_if_failed<T>(&self, result: Result<T, ReadError>) -> Result<T, ReadError> {
+        if let Err(
+            error @ (ReadError::Storage(_) | ReadError::Damaged(_) | ReadError::Superseded(_)),
+        ) = &result
+        {
+            self.exit.fail("storage engine", error);
         }
+        result
+    }
+
+    /// `HashKV` with its header.
+    ///
+    /// # Errors
+    /// As [`Member::read`].
+    pub fn hash_kv(&self, at: i64) -> Result<(KvHash, Option<pb::ResponseHeader>), ReadError> {
+        let (hashed, revision, term) = self.stop_if_failed(self.shared.hash_kv(at))?;
+        Ok((hashed, self.header_at(revision, term.0)))
     }
 
     /// Renews a lease.

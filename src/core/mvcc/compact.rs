@@ -88,8 +88,9 @@ impl Compaction {
                 break Some(key.clone());
             }
             looked += 1;
-            if history.superseded(self.at) > 0 {
-                superseded += history.superseded(self.at);
+            let of_key = history.superseded(self.at);
+            if of_key > 0 {
+                superseded += of_key;
                 due.push(key.clone());
             }
         };

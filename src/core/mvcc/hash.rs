@@ -22,7 +22,8 @@ pub struct KvHash {
 }
 
 impl Snapshot {
-    /// `HashKV` at main revision `at`, 0 meaning the current one.
+    /// `HashKV` at main revision `at`, 0 meaning the current one. Nothing is as old as a negative
+    /// revision: its hash is that of an empty history, and no error, as in etcd.
     ///
     /// # Errors
     /// `Compacted`, `Future`, `Storage`.
@@ -30,16 +31,26 @@ impl Snapshot {
         if at > 0 {
             self.check_readable(at)?;
         }
-        let at = if at <= 0 { self.revision } else { at };
+        let at = if at == 0 { self.revision } else { at };
         let compacted = self.compact_revision;
+        if at < 0 {
+            let hash = crc32c::crc32c(Table::Key.name().as_bytes());
+            return Ok(KvHash { hash, compact_revision: compacted, revision: at });
+        }
         let mut kept: HashSet<Revision, BuildHasherDefault<FxHasher>> = HashSet::default();
         for history in self.index.values() {
             kept.extend(history.kept_for_hash(at));
         }
+        if kept.is_empty() {
+            // No key is alive at `at`. etcd then hashes all that is stored, so its answer changes when
+            // a compaction's deletions reach the disk; this is the one that it comes to in the end.
+            for history in self.index.values() {
+                kept.extend(history.kept(compacted));
+            }
+        }
         let mut hash = crc32c::crc32c(Table::Key.name().as_bytes());
         self.changes(view, 0, at, &mut |revision, tombstone, value| {
-            let superseded =
-                revision.main <= compacted && !kept.is_empty() && !kept.contains(&revision);
+            let superseded = revision.main <= compacted && !kept.contains(&revision);
             let closing = revision.main == compacted && tombstone;
             if !superseded && !closing {
                 hash = crc32c::crc32c_append(hash, &revision_key(revision, tombstone));

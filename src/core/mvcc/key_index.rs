@@ -208,6 +208,11 @@ impl KeyIndex {
         (!closes).then_some(revision)
     }
 
+    /// The one revision up to `at` that a compaction at `at` keeps.
+    pub fn kept(&self, at: i64) -> Option<Revision> {
+        self.kept_at(at).1.map(|(_, revision)| revision)
+    }
+
     /// How many revisions [`KeyIndex::compact`] at `at` would drop.
     pub fn superseded(&self, at: i64) -> usize {
         let (i, kept) = self.kept_at(at);

@@ -74,6 +74,8 @@ pub struct Snapshot {
     index: OrdMap<Key, Arc<KeyIndex>>,
     pending: OrdMap<Revision, Change>,
     committing: OrdMap<Revision, Change>,
+    /// No change up to this one is in `pending` or `committing`.
+    stored: Revision,
     revision: i64,
     compact_revision: i64,
     live: usize,
@@ -157,7 +159,9 @@ impl Snapshot {
         values: &Values<'_>,
         revision: Revision,
     ) -> Result<KeyValueBytes, ReadError> {
-        if let Some(change) = self.pending.get(&revision).or_else(|| self.committing.get(&revision))
+        if revision > self.stored
+            && let Some(change) =
+                self.pending.get(&revision).or_else(|| self.committing.get(&revision))
         {
             return Ok(change.value.clone());
         }
@@ -195,6 +199,7 @@ impl Default for Store {
                 index: OrdMap::new(),
                 pending: OrdMap::new(),
                 committing: OrdMap::new(),
+                stored: Revision::default(),
                 revision: 1,
                 compact_revision: -1,
                 live: 0,
@@ -233,21 +238,23 @@ impl Store {
 
     /// The engine now holds the batch taken last.
     pub fn committed(&mut self) {
+        if let Some((last, _)) = self.now.committing.get_max() {
+            self.now.stored = *last;
+        }
         self.now.committing = OrdMap::new();
     }
 
-    /// Puts one change at `revision`.
-    fn put(&mut self, key: &Bytes, revision: Revision, value: KeyValueBytes) {
-        match self.now.index.get_mut(&key[..]) {
-            Some(history) => {
-                let history = Arc::make_mut(history);
-                self.now.live += usize::from(!history.is_alive());
-                history.put(revision);
-            }
-            None => {
-                self.now.live += 1;
-                self.now.index.insert(key[..].into(), Arc::new(KeyIndex::created(revision)));
-            }
+    /// Puts one change at `revision`. `known` tells whether the index has the key, dead or alive: the
+    /// caller has looked for it, and a new key need not be looked for again.
+    fn put(&mut self, key: &Bytes, revision: Revision, value: KeyValueBytes, known: bool) {
+        if known {
+            let history = self.now.index.get_mut(&key[..]).expect("the caller has found the key");
+            let history = Arc::make_mut(history);
+            self.now.live += usize::from(!history.is_alive());
+            history.put(revision);
+        } else {
+            self.now.live += 1;
+            self.now.index.insert(key[..].into(), Arc::new(KeyIndex::created(revision)));
         }
         self.now.pending.insert(revision, Change { tombstone: false, value });
     }

@@ -5,6 +5,7 @@ use quorate_proto::KeyValueBytes;
 use quorate_proto::etcdserverpb::RangeRequest;
 use quorate_proto::etcdserverpb::range_request::{SortOrder, SortTarget};
 use quorate_proto::mvccpb::KeyValue;
+use smallvec::SmallVec;
 
 use super::key_index::Found;
 use super::{Key, KeyRange, ReadError, Snapshot, Values};
@@ -23,8 +24,8 @@ pub struct Ranged {
 struct Row<'a> {
     key: &'a Key,
     found: Found,
-    /// Read ahead only to sort by value.
-    value: Option<(KeyValueBytes, Bytes)>,
+    /// Read ahead only to sort by value; boxed, because most ranges have very many rows and none.
+    value: Option<Box<(KeyValueBytes, Bytes)>>,
 }
 
 impl Snapshot {
@@ -52,6 +53,24 @@ impl Snapshot {
     /// # Errors
     /// `Compacted`, `Future`, `Superseded`, `Storage`.
     pub fn range(&self, values: &Values<'_>, request: &RangeRequest) -> Result<Ranged, ReadError> {
+        self.select(values, request, true)
+    }
+
+    /// As [`Snapshot::range`], but it need not look at keys beyond the limit: `count` is that of the
+    /// whole range only where there are no `more`.
+    ///
+    /// # Errors
+    /// As [`Snapshot::range`].
+    pub fn page(&self, values: &Values<'_>, request: &RangeRequest) -> Result<Ranged, ReadError> {
+        self.select(values, request, false)
+    }
+
+    fn select(
+        &self,
+        values: &Values<'_>,
+        request: &RangeRequest,
+        counted: bool,
+    ) -> Result<Ranged, ReadError> {
         let at = if request.revision <= 0 { self.revision } else { request.revision };
         self.check_readable(at)?;
         let order = SortOrder::try_from(request.sort_order).unwrap_or(SortOrder::None);
@@ -66,13 +85,14 @@ impl Snapshot {
         let fetch = if limit > 0 && !filtered && in_key_order { limit + 1 } else { usize::MAX };
 
         let mut count = 0;
-        let mut rows: Vec<Row<'_>> = Vec::new();
+        // Most reads are of one key.
+        let mut rows: SmallVec<[Row<'_>; 1]> = SmallVec::new();
         let mut add = |key, found| {
             count += 1;
             if rows.len() < fetch && !request.count_only {
                 rows.push(Row { key, found, value: None });
             }
-            true
+            counted || rows.len() < fetch
         };
         match KeyRange::of(&request.key, &request.range_end) {
             Some(range) => self.visit(range, at, add),
@@ -106,11 +126,11 @@ impl Snapshot {
                         ..fields(&row.found)
                     })
                 }
-                Some((value, _)) if request.keys_only => {
-                    let kv = value.parse().map_err(|_| ReadError::Damaged(row.found.modified))?;
+                Some(read) if request.keys_only => {
+                    let kv = read.0.parse().map_err(|_| ReadError::Damaged(row.found.modified))?;
                     KeyValueBytes::from(&KeyValue { value: Bytes::new(), ..kv })
                 }
-                Some((value, _)) => value,
+                Some(read) => read.0,
                 None => self.value(values, row.found.modified)?,
             });
         }
@@ -129,18 +149,18 @@ impl Snapshot {
             for row in rows.iter_mut() {
                 let stored = self.value(values, row.found.modified)?;
                 let kv = stored.parse().map_err(|_| ReadError::Damaged(row.found.modified))?;
-                row.value = Some((stored, kv.value));
+                row.value = Some(Box::new((stored, kv.value)));
             }
+        }
+        fn value<'r>(row: &'r Row<'_>) -> Option<&'r Bytes> {
+            row.value.as_ref().map(|read| &read.1)
         }
         let compare = |a: &Row<'_>, b: &Row<'_>| match target {
             SortTarget::Key => a.key.cmp(b.key),
             SortTarget::Version => a.found.version.cmp(&b.found.version),
             SortTarget::Create => a.found.created.main.cmp(&b.found.created.main),
             SortTarget::Mod => a.found.modified.main.cmp(&b.found.modified.main),
-            SortTarget::Value => {
-                let value = |row: &Row<'_>| row.value.as_ref().map(|(_, value)| value.clone());
-                value(a).cmp(&value(b))
-            }
+            SortTarget::Value => value(a).cmp(&value(b)),
         };
         if order == SortOrder::Descend {
             rows.sort_by(|a, b| compare(b, a));

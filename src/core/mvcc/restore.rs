@@ -12,7 +12,7 @@ use super::compact::{FINISHED, SCHEDULED};
 use super::key_index::KeyIndex;
 use super::keyspace::{parse_revision_key, peek};
 use super::{Key, Store};
-use crate::core::types::LeaseId;
+use crate::core::types::{LeaseId, Revision};
 
 /// A store read back, and what else the walk found.
 pub struct Restored {
@@ -73,6 +73,7 @@ impl Store {
             })
             .collect();
         store.now.revision = revision.max(compacted.unwrap_or(0));
+        store.now.stored = Revision { main: store.now.revision, sub: i64::MAX };
         store.now.compact_revision = compacted.unwrap_or(-1);
         Ok(Restored { store, attached, unfinished: scheduled.filter(|_| scheduled > finished) })
     }
@@ -102,7 +103,7 @@ fn add(
             let index = if tombstone {
                 KeyIndex::restored_tombstone(revision)
             } else {
-                let created = crate::core::types::Revision::main(stored.create_revision);
+                let created = Revision::main(stored.create_revision);
                 KeyIndex::restored(created, revision, stored.version)
             };
             histories.insert(stored.key.into(), History { index, lease: stored.lease });

@@ -86,7 +86,8 @@ impl<'a, 'e> Txn<'a, 'e> {
         if lease.0 != 0 && !self.leases.contains(lease) {
             return Err(TxnError::LeaseNotFound(lease));
         }
-        let found = self.current(&request.key);
+        let history = self.now().index.get(&request.key[..]);
+        let (known, found) = (history.is_some(), history.and_then(|h| h.get(i64::MAX)));
         let keeps = request.ignore_value || request.ignore_lease;
         let mut previous = None;
         if let Some(found) = found
@@ -104,6 +105,10 @@ impl<'a, 'e> Txn<'a, 'e> {
             }
             if request.ignore_lease {
                 lease = LeaseId(kept.lease);
+                // A file of another server may hold a key whose lease is gone.
+                if lease.0 != 0 && !self.leases.contains(lease) {
+                    return Err(TxnError::LeaseNotFound(lease));
+                }
             }
         }
         let revision = self.next_revision();
@@ -116,7 +121,7 @@ impl<'a, 'e> Txn<'a, 'e> {
             lease: lease.0,
         };
         let stored = KeyValueBytes(kv.encode_to_vec().into());
-        self.store.put(&request.key, revision, stored.clone());
+        self.store.put(&request.key, revision, stored.clone(), known);
         if lease.0 == 0 {
             self.leases.detach(&request.key);
         } else {
@@ -383,26 +388,47 @@ fn satisfied(compare: &pb::Compare, kv: &KeyValue) -> bool {
     }
 }
 
-/// Checks the chosen operations before anything changes (v3-api 3.6, step 6).
+/// Checks the chosen operations before anything changes (v3-api 3.6, step 6): first every put, those of
+/// nested transactions too, then every range. What is refused first is what the client is told.
 fn check(now: &Snapshot, leases: Option<&LeaseTable>, chosen: &Chosen<'_>) -> Result<(), TxnError> {
+    check_puts(now, leases, chosen)?;
+    check_ranges(now, chosen)
+}
+
+fn check_puts(
+    now: &Snapshot,
+    leases: Option<&LeaseTable>,
+    chosen: &Chosen<'_>,
+) -> Result<(), TxnError> {
     for op in &chosen.ops {
         match op {
-            ChosenOp::Range(request) if request.revision != 0 => {
-                now.check_readable(request.revision)?;
-            }
             ChosenOp::Put(request) => {
-                let lease = LeaseId(request.lease);
-                if lease.0 != 0 && !leases.is_some_and(|leases| leases.contains(lease)) {
-                    return Err(TxnError::LeaseNotFound(lease));
-                }
+                // The other way around than for a put by itself, as in etcd.
                 if (request.ignore_value || request.ignore_lease)
                     && now.find(&request.key, i64::MAX).is_none()
                 {
                     return Err(TxnError::KeyNotFound);
                 }
+                let lease = LeaseId(request.lease);
+                if lease.0 != 0 && !leases.is_some_and(|leases| leases.contains(lease)) {
+                    return Err(TxnError::LeaseNotFound(lease));
+                }
             }
-            ChosenOp::Txn(nested) => check(now, leases, nested)?,
+            ChosenOp::Txn(nested) => check_puts(now, leases, nested)?,
             ChosenOp::Range(_) | ChosenOp::Delete(_) => {}
+        }
+    }
+    Ok(())
+}
+
+fn check_ranges(now: &Snapshot, chosen: &Chosen<'_>) -> Result<(), TxnError> {
+    for op in &chosen.ops {
+        match op {
+            ChosenOp::Range(request) if request.revision != 0 => {
+                now.check_readable(request.revision)?;
+            }
+            ChosenOp::Txn(nested) => check_ranges(now, nested)?,
+            ChosenOp::Range(_) | ChosenOp::Put(_) | ChosenOp::Delete(_) => {}
         }
     }
     Ok(())

@@ -119,7 +119,7 @@ impl Default for HubOptions {
             progress_interval_ms: 10 * 60 * 1000,
             max_request_bytes: 1536 * 1024,
             stream_room: 128,
-            stream_bytes: 64 * 1024 * 1024,
+            stream_bytes: 16 * 1024 * 1024,
         }
     }
 }

@@ -36,10 +36,19 @@ struct Seen<T> {
 }
 
 impl Kv {
-    fn read_range(&self, request: &pb::RangeRequest) -> Result<Seen<Ranged>, Status> {
+    /// `counted`: the count is wanted even if there are more keys than the limit.
+    fn read_range(
+        &self,
+        request: &pb::RangeRequest,
+        counted: bool,
+    ) -> Result<Seen<Ranged>, Status> {
         let started = Instant::now();
         let result = self.0.read(|now, values| {
-            let result = now.store.range(values, request)?;
+            let result = if counted {
+                now.store.range(values, request)?
+            } else {
+                now.store.page(values, request)?
+            };
             Ok(Seen { result, revision: now.store.revision(), term: now.term.0 })
         });
         let took = started.elapsed();
@@ -64,7 +73,7 @@ impl Kv {
         if !request.serializable {
             self.0.read_index().await?;
         }
-        let seen = self.read_range(&request);
+        let seen = self.read_range(&request, true);
         let seconds = self.0.metrics.request_seconds(RequestKind::Range, seen.is_ok());
         seconds.record(started.elapsed());
         let seen = seen?;
@@ -229,7 +238,10 @@ impl Chunks {
         if !request.count_only {
             request.limit = self.left.map_or(self.chunk_keys, |left| left.min(self.chunk_keys));
         }
-        let seen = self.kv.read_range(&request)?;
+        // A chunk that the limit cannot end needs no count, unless it turns out to be the last; then
+        // it has seen every key.
+        let counted = self.left.is_some_and(|left| left <= self.chunk_keys);
+        let seen = self.kv.read_range(&request, counted)?;
         if self.header.is_none() {
             self.header = self.kv.0.header_at(seen.revision, seen.term);
             if self.request.revision <= 0 {

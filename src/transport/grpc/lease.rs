@@ -135,8 +135,9 @@ impl KeepAlives {
         }
         let request = tokio::select! {
             biased;
-            request = self.requests.message() => request?,
+            // First, or a client that always has one more request would never be told.
             status = &mut self.end => return Err(status),
+            request = self.requests.message() => request?,
         };
         // A client that has closed its side ends the stream well.
         let Some(request) = request else { return Ok(None) };

@@ -24,7 +24,6 @@ use crate::core::apply::{CLUSTER_VERSION, Reply as Applied, STORAGE_VERSION};
 use crate::core::bbolt::{BucketSource, DigestWriter, PairVisitor, WriteError, write_compact};
 use crate::core::command::Request as Command;
 use crate::core::membership::Version;
-use crate::core::mvcc::ReadError;
 use crate::core::mvcc::hash::hash_all;
 use crate::core::types::MemberId;
 use crate::metrics::Method;
@@ -153,17 +152,7 @@ impl Maintenance {
     async fn hash_kv(self, request: pb::HashKvRequest) -> Result<pb::HashKvResponse, Status> {
         self.blocking(move |member| {
             let started = Instant::now();
-            let (header, hashed) = member.read(|now, values| {
-                let view = values.view()?;
-                // What the view lacks because of a compaction, the snapshot must know as compacted.
-                if member.shared.published.load().store.compact_revision()
-                    != now.store.compact_revision()
-                {
-                    return Err(ReadError::Superseded(Default::default()));
-                }
-                let hashed = now.store.hash_kv(view, request.revision)?;
-                Ok((member.header_at(now.store.revision(), now.term.0), hashed))
-            })?;
+            let (hashed, header) = member.hash_kv(request.revision)?;
             member.metrics.hash_rev_seconds.record(started.elapsed());
             Ok(pb::HashKvResponse {
                 header,

@@ -38,7 +38,8 @@ fn admit(
 ) -> Result<(), Status> {
     let version = match metadata.get("client-api-version") {
         None => None,
-        Some(value) => match value.to_str() {
+        // Any UTF-8, not only the visible ASCII that the metadata's own text would be.
+        Some(value) => match std::str::from_utf8(value.as_bytes()) {
             Ok(text) => Some(text),
             Err(_) => return Err(status::invalid_client_api_version()),
         },

@@ -11,6 +11,7 @@ use futures_util::future::BoxFuture;
 use prost::Message as _;
 use quorate_proto::etcdserverpb as pb;
 use tokio::sync::mpsc;
+use tokio::task::AbortHandle;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::{Counted, Reply};
@@ -26,6 +27,9 @@ pub struct Watch(pub Arc<Member>);
 /// Responses after which the hub is given their room back: a quarter of a stream's room, so that a
 /// stream that is read never runs out, and few messages are needed.
 const CREDIT: usize = 32;
+/// The same for the bytes in them: the hub bounds those too, so a few great responses must give their
+/// room back as well, or the stream would wait for ever.
+const CREDIT_BYTES: usize = 4 << 20;
 /// The pause before a client that sends requests and reads no answers is listened to again.
 const ROOM_POLL: Duration = Duration::from_millis(10);
 
@@ -36,6 +40,9 @@ struct Responses {
     responses: mpsc::UnboundedReceiver<pb::WatchResponse>,
     end: BoxFuture<'static, Status>,
     delivered: usize,
+    delivered_bytes: usize,
+    /// Reads the client's requests.
+    reader: AbortHandle,
     ended: bool,
 }
 
@@ -49,10 +56,12 @@ impl Stream for Responses {
         match self.responses.poll_recv(cx) {
             Poll::Ready(Some(mut response)) => {
                 self.delivered += 1;
-                if self.delivered == CREDIT {
-                    self.delivered = 0;
-                    let stream = self.stream;
-                    self.member.watch.do_send(Delivered { stream, count: CREDIT });
+                let kvs = response.events.iter().flat_map(|e| e.kv.iter().chain(&e.prev_kv));
+                self.delivered_bytes += kvs.map(|kv| kv.0.len()).sum::<usize>();
+                if self.delivered >= CREDIT || self.delivered_bytes >= CREDIT_BYTES {
+                    let count = std::mem::take(&mut self.delivered);
+                    self.delivered_bytes = 0;
+                    self.member.watch.do_send(Delivered { stream: self.stream, count });
                 }
                 let revision = response.header.map_or(0, |header| header.revision);
                 response.header = self.member.header(revision);
@@ -70,6 +79,8 @@ impl Stream for Responses {
 
 impl Drop for Responses {
     fn drop(&mut self) {
+        // Whatever else the client sends is for nobody: as long as someone reads it, its stream stays open.
+        self.reader.abort();
         self.member.watch.do_send(Close(self.stream));
     }
 }
@@ -92,7 +103,7 @@ impl pb::watch_server::Watch for Watch {
         let received = call.receiver();
         let hub = member.watch.clone();
         let mut requests = request.into_inner();
-        actix::spawn(async move {
+        let reader = actix::spawn(async move {
             // A client that closes its side goes on receiving; one that is gone drops `Responses`.
             while let Ok(Some(request)) = requests.message().await {
                 received.count(request.encoded_len());
@@ -106,7 +117,16 @@ impl pb::watch_server::Watch for Watch {
                 }
             }
         });
-        let responses = Responses { member, stream, responses, end, delivered: 0, ended: false };
+        let responses = Responses {
+            member,
+            stream,
+            responses,
+            end,
+            delivered: 0,
+            delivered_bytes: 0,
+            reader: reader.abort_handle(),
+            ended: false,
+        };
         Ok(Response::new(Box::pin(Counted::new(responses, call))))
     }
 }

@@ -1,0 +1,10 @@
+//! The multi-version store and the state machine around it: readable scripts, a model, readers that
+//! race with compaction.
+
+mod member;
+mod model;
+mod readers;
+mod restore;
+mod rig;
+mod script;
+mod twin;
