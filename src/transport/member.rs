@@ -290,3 +290,104 @@ impl Member {
         self.header_at(now.store.revision(), now.term.0)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use engine_memory::Memory;
+
+    use super::*;
+    use crate::actors::spawn::Seat;
+    use crate::core::apply::Machine;
+    use crate::core::membership::{Membership, Version};
+    use crate::core::types::{ClusterId, MemberId};
+
+    /// A member whose actors never run, so that nothing sent to them is answered.
+    struct Silent {
+        member: Arc<Member>,
+        raft: Seat<RaftActor>,
+        _seats: (Seat<Applier>, Seat<LeaseManager>, Seat<WatchHub>, Seat<Compactor>),
+    }
+
+    fn silent(request_timeout: Duration) -> Silent {
+        let members = Membership::new(ClusterId(1), MemberId(1), 1);
+        let machine = Machine::new(members, 2, Version::parse("3.7.1").unwrap());
+        let published = Published::of(&machine, None);
+        let shared =
+            Arc::new(Shared::new(ClusterId(1), MemberId(1), Arc::new(Memory::new()), published));
+        let raft = Seat::new(16);
+        let seats = (Seat::new(16), Seat::new(16), Seat::new(16), Seat::new(16));
+        let member = Arc::new(Member {
+            shared,
+            raft: raft.addr(),
+            applier: seats.0.addr(),
+            leases: seats.1.addr(),
+            watch: seats.2.addr(),
+            compactor: seats.3.addr(),
+            exit: Exit::new().0,
+            limits: Limits {
+                request_bytes_max: 1000,
+                txn_ops_max: 128,
+                quota: Quota(None),
+                quota_reported: -1,
+                request_timeout,
+                election: Duration::from_secs(1),
+                warning_unary: Duration::from_secs(1),
+                warning_apply: Duration::from_secs(1),
+            },
+            metrics: Box::leak(Box::new(Metrics::new())),
+            stopping: watch::Sender::new(false),
+            next_stream: AtomicU64::new(1),
+        });
+        Silent { member, raft, _seats: seats }
+    }
+
+    fn put(bytes: usize) -> Request {
+        Request::Put(pb::PutRequest {
+            key: "k".into(),
+            value: vec![0; bytes].into(),
+            ..Default::default()
+        })
+    }
+
+    fn pending(member: &Member) -> String {
+        let page = member.metrics.render();
+        let mut lines = page.lines();
+        let line = lines.find(|line| line.starts_with("etcd_server_proposals_pending "));
+        line.expect("the gauge is on the page").to_string()
+    }
+
+    #[test]
+    fn above_the_apply_lag_a_proposal_is_refused_at_once() {
+        use std::sync::atomic::Ordering;
+        actix::System::new().block_on(async {
+            let silent = silent(Duration::from_millis(20));
+            let member = &silent.member;
+            member.shared.raft.leader.store(1, Ordering::Release);
+            let committed = &member.shared.raft.committed;
+            committed.store(APPLY_LAG_MAX, Ordering::Release);
+            // It is let in, and nobody answers.
+            assert!(matches!(member.propose(put(1)).await, Err(RequestError::TimedOut)));
+            committed.store(APPLY_LAG_MAX + 1, Ordering::Release);
+            let refused = member.propose(put(1)).await;
+            assert!(matches!(refused, Err(RequestError::TooManyRequests)));
+            assert!(silent.raft.addr().connected());
+        });
+    }
+
+    #[test]
+    fn a_proposal_is_pending_until_its_caller_has_gone() {
+        actix::System::new().block_on(async {
+            let silent = silent(Duration::from_secs(60));
+            let member = silent.member.clone();
+            let caller = actix::spawn(async move { member.propose(put(1)).await.map(|_| ()) });
+            tokio::task::yield_now().await;
+            assert_eq!(pending(&silent.member), "etcd_server_proposals_pending 1");
+            caller.abort();
+            assert!(caller.await.unwrap_err().is_cancelled());
+            assert_eq!(pending(&silent.member), "etcd_server_proposals_pending 0");
+            let refused = silent.member.propose(put(2000)).await;
+            assert!(matches!(refused, Err(RequestError::TooLarge)));
+            assert_eq!(pending(&silent.member), "etcd_server_proposals_pending 0");
+        });
+    }
+}
