@@ -81,6 +81,10 @@ pub struct Options {
 /// Uncommitted changes at which the applier waits for the engine: ten batches.
 const OVERLAY_BATCHES: usize = 10;
 
+/// A batch is made durable if none was for this long: an engine may be unable to use space again that
+/// was freed since its last durable commit, and a restart replays less.
+const DURABLE_AFTER: Duration = Duration::from_secs(10);
+
 type Waiters = HashMap<u64, oneshot::Sender<Answer>, BuildHasherDefault<FxHasher>>;
 
 /// What the applier is connected to.
@@ -108,6 +112,7 @@ pub struct Applier {
     compaction: Option<Compaction>,
     committing: bool,
     cut_due: bool,
+    last_durable: Instant,
     /// The next batch must reach the disk.
     durable_wanted: bool,
     /// Callers whose checkpoint the next cut is.
@@ -138,6 +143,7 @@ impl Applier {
             compaction: None,
             committing: false,
             cut_due: false,
+            last_durable: Instant::now(),
             durable_wanted: false,
             checkpoints: Vec::new(),
             in_flight: InFlight::default(),
@@ -346,8 +352,13 @@ impl Applier {
 
     fn cut(&mut self) {
         let (batch, index) = self.machine.cut();
-        let durability =
-            if self.durable_wanted { Durability::Durable } else { Durability::Buffered };
+        let due = self.durable_wanted || self.last_durable.elapsed() >= DURABLE_AFTER;
+        let durability = if due {
+            self.last_durable = Instant::now();
+            Durability::Durable
+        } else {
+            Durability::Buffered
+        };
         self.durable_wanted = false;
         self.committing = true;
         self.in_flight = InFlight {
