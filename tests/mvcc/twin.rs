@@ -333,23 +333,40 @@ impl Twin {
         Ok(pb::RangeResponse { header: header(self.revision()), kvs, more, count })
     }
 
+    /// Every put of the chosen branches comes before any range of them, as in etcd.
     fn check(&self, ops: &[Chosen<'_>]) -> Result<(), Refusal> {
+        self.check_puts(ops)?;
+        self.check_ranges(ops)
+    }
+
+    fn check_puts(&self, ops: &[Chosen<'_>]) -> Result<(), Refusal> {
+        for op in ops {
+            match op {
+                Chosen::Op(Op::RequestPut(put)) => {
+                    // A missing key comes before a missing lease, unlike for a put by itself.
+                    if (put.ignore_value || put.ignore_lease) && !self.now().contains_key(&put.key)
+                    {
+                        return Err(Refusal::NoKey);
+                    }
+                    if put.lease != 0 && !self.leases.contains(&put.lease) {
+                        return Err(Refusal::NoLease);
+                    }
+                }
+                Chosen::Op(_) => {}
+                Chosen::Txn(_, ops) => self.check_puts(ops)?,
+            }
+        }
+        Ok(())
+    }
+
+    fn check_ranges(&self, ops: &[Chosen<'_>]) -> Result<(), Refusal> {
         for op in ops {
             match op {
                 Chosen::Op(Op::RequestRange(range)) if range.revision != 0 => {
                     self.readable(range.revision)?;
                 }
-                Chosen::Op(Op::RequestPut(put)) => {
-                    if put.lease != 0 && !self.leases.contains(&put.lease) {
-                        return Err(Refusal::NoLease);
-                    }
-                    if (put.ignore_value || put.ignore_lease) && !self.now().contains_key(&put.key)
-                    {
-                        return Err(Refusal::NoKey);
-                    }
-                }
                 Chosen::Op(_) => {}
-                Chosen::Txn(_, ops) => self.check(ops)?,
+                Chosen::Txn(_, ops) => self.check_ranges(ops)?,
             }
         }
         Ok(())
