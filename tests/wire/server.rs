@@ -124,7 +124,16 @@ impl Member {
             let mut api = self.api();
             let ready =
                 api.kv.range(pb::RangeRequest { key: "ready".into(), ..Default::default() });
-            if matches!(tokio::time::timeout(PATIENCE, ready).await, Ok(Ok(_))) {
+            let ready = matches!(tokio::time::timeout(PATIENCE, ready).await, Ok(Ok(_)));
+            // A new cluster decides its version just after it begins to serve, and that is a change too.
+            let decided = |status: &pb::StatusResponse| !status.storage_version.is_empty();
+            let status = api.maintenance.status(pb::StatusRequest {});
+            let whole = self.kind == Kind::Etcd
+                || matches!(
+                    tokio::time::timeout(PATIENCE, status).await,
+                    Ok(Ok(status)) if decided(status.get_ref())
+                );
+            if ready && whole {
                 return Ok(());
             }
             let ended = self.child.as_mut().unwrap().try_wait().unwrap();
