@@ -20,7 +20,7 @@ use crate::actors::applier::{self, Applier, Checkpoint};
 use crate::actors::committer::BatchCommitter;
 use crate::actors::compactor::{self, Compactor};
 use crate::actors::disk::{OsDisk, SharedDisk};
-use crate::actors::exit::{Exit, Reason};
+use crate::actors::exit::{Exit, Reason, full};
 use crate::actors::lease::LeaseManager;
 use crate::actors::monitor::Monitor;
 use crate::actors::raft::{self, RaftActor};
@@ -143,20 +143,6 @@ enum Ended {
     Failed,
     Removed,
     Signal(Signal),
-}
-
-/// An error with its causes, each said once.
-fn full(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(inner) = source {
-        let said = inner.to_string();
-        if !text.contains(&said) {
-            text = format!("{text}: {said}");
-        }
-        source = inner.source();
-    }
-    text
 }
 
 /// What a member is found to be when its directory has been read.

@@ -14,6 +14,20 @@ pub enum Reason {
     Removed,
 }
 
+/// An error with its causes, each said once.
+pub fn full(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        let said = inner.to_string();
+        if !text.contains(&said) {
+            text = format!("{text}: {said}");
+        }
+        source = inner.source();
+    }
+    text
+}
+
 /// Given to every actor that owns something that can fail.
 #[derive(Clone)]
 pub struct Exit {
@@ -30,15 +44,7 @@ impl Exit {
 
     /// Reports a failure. From here on nothing may be acknowledged that needs the failed part.
     pub fn fail(&self, part: &'static str, error: &dyn std::error::Error) {
-        let mut text = error.to_string();
-        let mut source = error.source();
-        while let Some(inner) = source {
-            let inner_text = inner.to_string();
-            if !text.contains(&inner_text) {
-                text = format!("{text}: {inner_text}");
-            }
-            source = inner.source();
-        }
+        let text = full(error);
         if !self.failed.swap(true, Ordering::AcqRel) {
             tracing::error!(part, error = %text, "member cannot go on and stops");
         }

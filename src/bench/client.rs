@@ -20,6 +20,8 @@ use tokio::net::TcpStream;
 use tokio::sync::Mutex;
 use tokio::time::{Instant, sleep_until, timeout};
 
+use crate::metrics::CODES;
+
 use super::wire::{self, FRAME_HEADER, Malformed};
 
 /// Receive windows: a large range or a burst of events must never wait for a window update.
@@ -157,26 +159,7 @@ impl CallError {
 
 /// gRPC's names of its status codes.
 fn code_name(code: u32) -> &'static str {
-    const NAMES: [&str; 17] = [
-        "OK",
-        "Canceled",
-        "Unknown",
-        "InvalidArgument",
-        "DeadlineExceeded",
-        "NotFound",
-        "AlreadyExists",
-        "PermissionDenied",
-        "ResourceExhausted",
-        "FailedPrecondition",
-        "Aborted",
-        "OutOfRange",
-        "Unimplemented",
-        "Internal",
-        "Unavailable",
-        "DataLoss",
-        "Unauthenticated",
-    ];
-    NAMES.get(code as usize).copied().unwrap_or("Unknown")
+    CODES.get(code as usize).copied().unwrap_or("Unknown")
 }
 
 /// One TCP connection, and what is needed to make it anew.

@@ -10,7 +10,7 @@ use tonic::Code;
 use super::Metrics;
 
 /// The names of the codes, by number.
-const CODES: [&str; 17] = [
+pub const CODES: [&str; 17] = [
     "OK",
     "Canceled",
     "Unknown",

@@ -22,7 +22,7 @@ use quorate_proto::etcdserverpb as pb;
 use quorate_proto::etcdserverpb::response_op::Response as OpResponse;
 use rustc_hash::FxHashMap;
 
-pub use grpc::{GrpcCall, Method, Received, StreamKind};
+pub use grpc::{CODES, GrpcCall, Method, Received, StreamKind};
 pub use process::{OpenFiles, resident_bytes};
 pub use registry::{CounterVec, FloatCounter, GaugeVec, HistogramVec};
 
