@@ -633,6 +633,7 @@ impl Running {
             wal: wal_seat.addr(),
             applier: applier_seat.addr(),
             leases: lease_seat.addr().recipient(),
+            peers: None,
             exit: exit.clone(),
         };
         let raft_options = raft::Options {

@@ -32,6 +32,7 @@ pub mod disk;
 pub mod exit;
 pub mod lease;
 pub mod monitor;
+pub mod peers;
 pub mod raft;
 pub mod shared;
 pub mod snapshot;

@@ -1,8 +1,10 @@
 //! The raft actor: ticks and steps the node, and hands out what it decides.
 //!
-//! in:  `Requests` from transport, `Persisted` from actors/wal.rs, `Applied` and `ConfChanged` from
-//!      actors/applier.rs, `CompactLog` from actors/snapshot.rs
-//! out: `Append` to actors/wal.rs, `Apply` to actors/applier.rs, `LeaderChanged` to actors/lease.rs
+//! in:  `Requests`, `ChangeConf`, `TransferLeader` from transport, `Step`, `Unreachable`, `SnapshotDone`
+//!      from the peer network, `Persisted` from actors/wal.rs, `Applied` and `ConfChanged` from
+//!      actors/applier.rs
+//! out: `Append` to actors/wal.rs, `Apply` to actors/applier.rs, `Send` to the peer network,
+//!      `LeaderChanged` to actors/lease.rs
 //!
 //! It never blocks on a disk. Persist, then apply: the node hands out committed entries only after
 //! `Persisted` has told it that this member holds them.
@@ -21,10 +23,11 @@ use crate::actors::answer;
 use crate::actors::applier::{Applier, Apply};
 use crate::actors::exit::Exit;
 use crate::actors::lease::LeaderChanged;
+use crate::actors::peers::Send;
 use crate::actors::shared::Shared;
 use crate::actors::wal::{APPENDS_IN_FLIGHT, Append, Persisted, WalWriter};
 use crate::core::apply::{ApplyError, Reply};
-use crate::core::raft::{Node, Output, ProposeError};
+use crate::core::raft::{MSG_SNAP, Node, Output, ProposeError, StepError};
 use crate::core::types::{Index, MemberId, Term};
 use crate::metrics::Metrics;
 
@@ -80,6 +83,40 @@ pub struct Requests {
     pub reads: Vec<ReadWaiter>,
 }
 
+/// Proposes a configuration change. Answered when this member has applied it and its raft node has
+/// taken it over; a refusal at apply is the answer's error. A follower's proposal that finds another
+/// change under way at the leader is lost: the caller gives up when it likes.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct ChangeConf {
+    /// `id` names the request.
+    pub change: raftpb::ConfChange,
+    pub reply: oneshot::Sender<Answer>,
+}
+
+/// Messages that arrived from other members, in the order of their arrival on each stream.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Step(pub Vec<raftpb::Message>);
+
+/// The last message to this member could not be delivered.
+#[derive(Message, Clone, Copy, PartialEq, Eq, Debug)]
+#[rtype(result = "()")]
+pub struct Unreachable(pub MemberId);
+
+/// The snapshot sent to `to` arrived, or it did not.
+#[derive(Message, Clone, Copy, PartialEq, Eq, Debug)]
+#[rtype(result = "()")]
+pub struct SnapshotDone {
+    pub to: MemberId,
+    pub ok: bool,
+}
+
+/// Raft's status now.
+#[derive(Message, Clone, Copy, Debug)]
+#[rtype(result = "crate::core::raft::Status")]
+pub struct GetStatus;
+
 /// The applier has applied everything up to this index, and published it.
 #[derive(Message, Clone, Copy, PartialEq, Eq, Debug)]
 #[rtype(result = "()")]
@@ -93,11 +130,6 @@ pub struct ConfChanged {
     pub index: Index,
     pub change: Option<raftpb::ConfChange>,
 }
-
-/// Entries up to this index are no longer needed in memory.
-#[derive(Message)]
-#[rtype(result = "()")]
-pub struct CompactLog(pub Index);
 
 /// Hands leadership to another member.
 #[derive(Message)]
@@ -133,6 +165,17 @@ struct Round {
     waiters: Vec<ReadWaiter>,
 }
 
+/// What the proposer of something that was not taken is told.
+fn refused(error: &ProposeError) -> RequestError {
+    match error {
+        ProposeError::NoLeader => RequestError::NoLeader,
+        ProposeError::Transferring => RequestError::Transferring,
+        ProposeError::Stopped | ProposeError::ConfChange(_) | ProposeError::ConfChangePending => {
+            RequestError::Stopped
+        }
+    }
+}
+
 /// Owns the raft node.
 pub struct RaftActor {
     node: Node,
@@ -140,6 +183,8 @@ pub struct RaftActor {
     wal: Addr<WalWriter>,
     applier: Addr<Applier>,
     leases: Recipient<LeaderChanged>,
+    /// The peer network; `None` for a node that is alone in a test.
+    peers: Option<Recipient<Send>>,
     exit: Exit,
     options: Options,
     metrics: &'static Metrics,
@@ -151,10 +196,14 @@ pub struct RaftActor {
     committed: Vec<raftpb::Entry>,
     /// A hard state that no `Append` has carried yet; only its commit index is new.
     commit_state: Option<raftpb::HardState>,
+    /// Proposals of this turn, to be proposed together: each proposal is a message to each follower.
+    proposals: Vec<Proposal>,
     /// Waiters for proposals, to travel with the next `Apply`.
     waiters: Vec<(u64, oneshot::Sender<Answer>)>,
     /// Proposals that wait for a leader; their callers give up by themselves.
     parked: VecDeque<Proposal>,
+    /// Configuration changes that wait for a leader, or for one another.
+    parked_changes: VecDeque<ChangeConf>,
     reads: Vec<ReadWaiter>,
     round: Option<Round>,
     /// Reads whose index is known but not applied yet, by index.
@@ -167,6 +216,7 @@ pub struct Links {
     pub wal: Addr<WalWriter>,
     pub applier: Addr<Applier>,
     pub leases: Recipient<LeaderChanged>,
+    pub peers: Option<Recipient<Send>>,
     pub exit: Exit,
 }
 
@@ -179,6 +229,7 @@ impl RaftActor {
             wal: links.wal,
             applier: links.applier,
             leases: links.leases,
+            peers: links.peers,
             exit: links.exit,
             options,
             metrics: Metrics::global(),
@@ -188,8 +239,10 @@ impl RaftActor {
             applies: 0,
             committed: Vec::new(),
             commit_state: None,
+            proposals: Vec::new(),
             waiters: Vec::new(),
             parked: VecDeque::new(),
+            parked_changes: VecDeque::new(),
             reads: Vec::new(),
             round: None,
             unapplied: VecDeque::new(),
@@ -207,21 +260,36 @@ impl RaftActor {
         }
     }
 
-    fn propose(&mut self, proposal: Proposal) {
-        if proposal.reply.is_closed() {
+    fn propose_all(&mut self) {
+        let mut proposals = std::mem::take(&mut self.proposals);
+        proposals.retain(|proposal| !proposal.reply.is_closed());
+        if proposals.is_empty() {
             return;
         }
-        match self.node.propose(proposal.data.clone()) {
-            Ok(()) => self.waiters.push((proposal.id, proposal.reply)),
-            Err(ProposeError::NoLeader) => self.parked.push_back(proposal),
+        match self.node.propose_batch(proposals.iter().map(|proposal| proposal.data.clone())) {
+            Ok(()) => self.waiters.extend(proposals.into_iter().map(|p| (p.id, p.reply))),
+            Err(ProposeError::NoLeader) => self.parked.extend(proposals),
             Err(error) => {
-                self.metrics.proposals_failed.increment(1);
-                let error = match error {
-                    ProposeError::Transferring => RequestError::Transferring,
-                    _ => RequestError::Stopped,
-                };
-                // A caller that is gone needs no answer.
-                answer(proposal.reply, Err(error));
+                for proposal in proposals {
+                    self.metrics.proposals_failed.increment(1);
+                    answer(proposal.reply, Err(refused(&error)));
+                }
+            }
+        }
+    }
+
+    /// Proposes the configuration changes that wait for a leader, or for one another.
+    fn propose_changes(&mut self) {
+        while let Some(next) = self.parked_changes.pop_front() {
+            if next.reply.is_closed() {
+                continue;
+            }
+            match self.node.propose_conf_change(&next.change) {
+                Ok(()) => self.waiters.push((next.change.id, next.reply)),
+                Err(ProposeError::NoLeader | ProposeError::ConfChangePending) => {
+                    return self.parked_changes.push_front(next);
+                }
+                Err(error) => answer(next.reply, Err(refused(&error))),
             }
         }
     }
@@ -231,6 +299,8 @@ impl RaftActor {
         if self.exit.failed() {
             return;
         }
+        self.propose_all();
+        self.propose_changes();
         self.start_read_round();
         while self.appends < APPENDS_IN_FLIGHT && self.node.has_output() {
             let output = self.node.output();
@@ -243,6 +313,9 @@ impl RaftActor {
     fn handle(&mut self, output: Output) {
         if let Some(change) = output.leader {
             self.leader_changed(change.leader);
+        }
+        if !output.messages.is_empty() {
+            self.send(output.messages);
         }
         self.commit_state = output.hard_state.or(self.commit_state.take());
         if output.must_sync || !output.entries.is_empty() {
@@ -266,6 +339,28 @@ impl RaftActor {
         view.term.store(term.0, Ordering::Release);
         view.committed.store(committed.0, Ordering::Release);
         self.metrics.proposals_committed.set(committed.0 as f64);
+    }
+
+    fn send(&mut self, messages: Vec<raftpb::Message>) {
+        let Some(peers) = &self.peers else { return };
+        match peers.try_send(Send(messages)) {
+            Ok(()) => {}
+            Err(SendError::Full(Send(messages))) => {
+                for message in messages {
+                    self.undelivered(&message);
+                }
+            }
+            // Without a network the member is stopping.
+            Err(SendError::Closed(_)) => {}
+        }
+    }
+
+    fn undelivered(&mut self, message: &raftpb::Message) {
+        let to = MemberId(message.to);
+        if message.r#type == MSG_SNAP {
+            self.node.report_snapshot(to, false);
+        }
+        self.node.report_unreachable(to);
     }
 
     fn append(&mut self, number: Option<u64>, entries: Vec<raftpb::Entry>, must_sync: bool) {
@@ -300,9 +395,8 @@ impl RaftActor {
             }
         }
         if leader.0 != 0 {
-            for proposal in std::mem::take(&mut self.parked) {
-                self.propose(proposal);
-            }
+            self.proposals.extend(std::mem::take(&mut self.parked));
+            self.propose_all();
         }
     }
 
@@ -409,11 +503,66 @@ impl Handler<Requests> for RaftActor {
 
     fn handle(&mut self, requests: Requests, ctx: &mut Self::Context) {
         self.work += requests.proposals.len();
-        for proposal in requests.proposals {
-            self.propose(proposal);
-        }
+        self.proposals.extend(requests.proposals);
         self.reads.extend(requests.reads);
         self.drive_soon(ctx);
+    }
+}
+
+impl Handler<ChangeConf> for RaftActor {
+    type Result = ();
+
+    fn handle(&mut self, ChangeConf { change, reply }: ChangeConf, ctx: &mut Self::Context) {
+        self.parked_changes.push_back(ChangeConf { change, reply });
+        self.propose_changes();
+        self.drive_soon(ctx);
+    }
+}
+
+impl Handler<Step> for RaftActor {
+    type Result = ();
+
+    fn handle(&mut self, Step(messages): Step, ctx: &mut Self::Context) {
+        self.work += messages.len();
+        for message in messages {
+            let from = MemberId(message.from);
+            match self.node.step(message) {
+                Ok(()) => {}
+                Err(error @ StepError::CommitBeyondLog { .. }) => {
+                    return self.exit.fail("raft", &error);
+                }
+                Err(error) => {
+                    tracing::debug!(%from, %error, "dropped a message from a peer");
+                }
+            }
+        }
+        self.drive_soon(ctx);
+    }
+}
+
+impl Handler<Unreachable> for RaftActor {
+    type Result = ();
+
+    fn handle(&mut self, Unreachable(id): Unreachable, ctx: &mut Self::Context) {
+        self.node.report_unreachable(id);
+        self.drive_soon(ctx);
+    }
+}
+
+impl Handler<SnapshotDone> for RaftActor {
+    type Result = ();
+
+    fn handle(&mut self, SnapshotDone { to, ok }: SnapshotDone, ctx: &mut Self::Context) {
+        self.node.report_snapshot(to, ok);
+        self.drive_soon(ctx);
+    }
+}
+
+impl Handler<GetStatus> for RaftActor {
+    type Result = MessageResult<GetStatus>;
+
+    fn handle(&mut self, _: GetStatus, _: &mut Self::Context) -> Self::Result {
+        MessageResult(self.node.status())
     }
 }
 

@@ -7,6 +7,7 @@ use std::time::Instant;
 use arc_swap::ArcSwap;
 use engine_api::Engine;
 
+use crate::actors::peers::Liveness;
 use crate::actors::watch::Backlog;
 use crate::core::alarm::Alarms;
 use crate::core::apply::Machine;
@@ -71,6 +72,8 @@ pub struct Shared {
     pub engine: Arc<dyn Engine>,
     pub published: ArcSwap<Published>,
     pub raft: RaftView,
+    /// Members that the peer network can reach.
+    pub reachable: Liveness,
     /// Set while the engine gives space back.
     pub defragmenting: AtomicBool,
     /// What the applier has told the watch hub and the hub has not heard yet.
@@ -98,6 +101,7 @@ impl Shared {
             engine,
             published: ArcSwap::from_pointee(published),
             raft: RaftView::default(),
+            reachable: Liveness::default(),
             defragmenting: AtomicBool::new(false),
             unwatched: Backlog::default(),
             started: Instant::now(),

@@ -26,3 +26,10 @@ pub use node::{
     Config, LeaderChange, Node, Output, PeerProgress, ProgressState, ProposeError, RaftError,
     ReadState, Restored, Role, Status,
 };
+
+/// Type of a message with entries; it has a stream of its own (formats-and-peers 6.3).
+pub const MSG_APP: u32 = 3;
+/// Type of a message with a snapshot; it is sent by itself, with the database (formats-and-peers 6.4).
+pub const MSG_SNAP: u32 = 7;
+/// Type of a heartbeat; without sender and receiver it keeps a stream alive.
+pub const MSG_HEARTBEAT: u32 = 8;

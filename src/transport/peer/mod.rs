@@ -1,6 +1,8 @@
 //! The peer port as far as a single member has one: who it is, and that it is there (operations 3.3).
 //! Raft between members comes with clusters.
 
+pub mod client;
+
 use std::sync::Arc;
 
 use axum::Router;

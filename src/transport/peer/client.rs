@@ -1,0 +1,165 @@
+//! One request to another member's peer URL, over a connection of its own.
+//!
+//! For what is asked now and then (members, versions, hashes, leases, promotion); raft's own messages
+//! go over streams.
+
+use std::io;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderValue, Request, Response, header};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpStream, UnixStream};
+
+use crate::config::Url;
+
+/// A connection to a peer.
+pub trait Connection: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Connection for T {}
+
+/// Makes connections to peer URLs. The one place that will know how to speak TLS to them.
+#[derive(Clone, Copy, Debug)]
+pub struct Dialer {
+    /// Within which a connection has to stand.
+    pub timeout: Duration,
+}
+
+impl Dialer {
+    /// Connects to `url`.
+    ///
+    /// # Errors
+    /// What the system says; `TimedOut`; `Unsupported` for TLS.
+    pub async fn connect(&self, url: &Url) -> io::Result<Box<dyn Connection>> {
+        if url.scheme().is_tls() {
+            return Err(io::Error::new(
+                io::ErrorKind::Unsupported,
+                "TLS to peers is not supported yet",
+            ));
+        }
+        let connecting = async {
+            match url.socket_path() {
+                Some(path) => Ok(Box::new(UnixStream::connect(path).await?) as Box<dyn Connection>),
+                None => {
+                    let stream = TcpStream::connect((url.host_name(), url.port())).await?;
+                    stream.set_nodelay(true)?;
+                    Ok(Box::new(stream) as Box<dyn Connection>)
+                }
+            }
+        };
+        match tokio::time::timeout(self.timeout, connecting).await {
+            Ok(connected) => connected,
+            Err(_) => Err(io::ErrorKind::TimedOut.into()),
+        }
+    }
+}
+
+/// Why a request got no answer.
+#[derive(thiserror::Error, Debug)]
+pub enum CallError {
+    #[error("cannot connect to {url}")]
+    Connect {
+        url: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("request to {url} failed")]
+    Http {
+        url: String,
+        #[source]
+        source: hyper::Error,
+    },
+    #[error("answer from {url} is larger than {limit} bytes, or was cut short")]
+    Body { url: String, limit: usize },
+    #[error("{url} did not answer within {within:?}")]
+    TimedOut { url: String, within: Duration },
+}
+
+/// The most that an answer may hold.
+const ANSWER_MAX: usize = 16 * 1024 * 1024;
+
+/// Sends `request` (its URI a path) to `url` and reads the whole answer, within `timeout`.
+///
+/// # Errors
+/// [`CallError`]; an answer with any status is not an error.
+pub async fn call(
+    dialer: &Dialer,
+    url: &Url,
+    mut request: Request<Full<Bytes>>,
+    timeout: Duration,
+) -> Result<Response<Bytes>, CallError> {
+    let name = || url.as_str().to_string();
+    let calling = async {
+        let stream = dialer
+            .connect(url)
+            .await
+            .map_err(|source| CallError::Connect { url: name(), source })?;
+        let http = |source| CallError::Http { url: name(), source };
+        let (mut sender, connection) =
+            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
+        let driving = tokio::spawn(connection);
+        let host = match url.socket_path() {
+            Some(_) => HeaderValue::from_static("localhost"),
+            None => HeaderValue::from_str(url.host()).expect("a parsed host is a header value"),
+        };
+        request.headers_mut().insert(header::HOST, host);
+        let answered = sender.send_request(request).await.map_err(http);
+        let result = match answered {
+            Ok(response) => {
+                let (parts, body) = response.into_parts();
+                match Limited::new(body, ANSWER_MAX).collect().await {
+                    Ok(body) => Ok(Response::from_parts(parts, body.to_bytes())),
+                    Err(_) => Err(CallError::Body { url: name(), limit: ANSWER_MAX }),
+                }
+            }
+            Err(error) => Err(error),
+        };
+        driving.abort();
+        result
+    };
+    match tokio::time::timeout(timeout, calling).await {
+        Ok(result) => result,
+        Err(_) => Err(CallError::TimedOut { url: name(), within: timeout }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    const DIALER: Dialer = Dialer { timeout: Duration::from_secs(5) };
+
+    fn get(path: &str) -> Request<Full<Bytes>> {
+        Request::get(path).body(Full::default()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn an_answer_is_read_whole_and_silence_is_an_error() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let url = Url::parse(&format!("http://127.0.0.1:{port}")).unwrap();
+        let serving = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut asked = vec![0; 1024];
+            let n = stream.read(&mut asked).await.unwrap();
+            let answer = b"HTTP/1.1 418 I'm a teapot\r\ncontent-length: 5\r\n\r\nhello";
+            stream.write_all(answer).await.unwrap();
+            // The second one is accepted and never answered.
+            let second = listener.accept().await.unwrap();
+            (String::from_utf8_lossy(&asked[..n]).into_owned(), second)
+        });
+        let answer = call(&DIALER, &url, get("/version"), Duration::from_secs(5)).await.unwrap();
+        assert_eq!((answer.status().as_u16(), &answer.body()[..]), (418, &b"hello"[..]));
+        let silent = call(&DIALER, &url, get("/"), Duration::from_millis(20)).await;
+        assert!(matches!(silent, Err(CallError::TimedOut { .. })));
+        let (asked, _second) = serving.await.unwrap();
+        assert!(asked.starts_with("GET /version HTTP/1.1\r\n"), "{asked}");
+        assert!(asked.contains(&format!("host: 127.0.0.1:{port}\r\n")), "{asked}");
+        let closed = call(&DIALER, &url, get("/"), Duration::from_secs(5)).await;
+        assert!(matches!(closed, Err(CallError::Connect { .. })));
+    }
+}
