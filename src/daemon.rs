@@ -23,6 +23,7 @@ use crate::actors::disk::{OsDisk, SharedDisk};
 use crate::actors::exit::{Exit, Reason, full};
 use crate::actors::lease::LeaseManager;
 use crate::actors::monitor::Monitor;
+use crate::actors::peers;
 use crate::actors::raft::{self, RaftActor};
 use crate::actors::shared::{Published, Shared};
 use crate::actors::snapshot::{self, Snapshotter};
@@ -53,6 +54,8 @@ use crate::transport::http::status::{ClientRules, client_router, metrics_router}
 use crate::transport::listener::{self, Bound, Served, Services, Workers};
 use crate::transport::member::{Limits, Member};
 use crate::transport::peer;
+use crate::transport::peer::network::{self, Net, Network, RaftLink};
+use crate::transport::peer::server::Door;
 
 /// File descriptors that are kept for everything but client connections (operations 1.4).
 const RESERVED_FILES: u64 = 150;
@@ -61,6 +64,10 @@ const GRPC_OVERHEAD: usize = 512 * 1024;
 /// How long, and how often, a host name of a first start is looked up (operations 2.3).
 const RESOLVE_PATIENCE: Duration = Duration::from_secs(30);
 const RESOLVE_PAUSE: Duration = Duration::from_secs(1);
+/// Connections to the peer port: a few for each member, and those of the curious.
+const PEER_CONNECTIONS_MAX: usize = 4096;
+/// A connection to a peer has to stand within this and an election timeout (formats-and-peers 6.3).
+const PEER_DIAL_TIMEOUT: Duration = Duration::from_secs(1);
 /// Transport threads at most: more do not help while one thread applies.
 const TRANSPORT_THREADS_MAX: usize = 8;
 
@@ -165,6 +172,7 @@ struct Daemon {
     exits: mpsc::UnboundedReceiver<Reason>,
     listeners: Vec<(&'static str, Url, Bound, Served)>,
     workers: Workers,
+    peer_workers: Workers,
     options: listener::Options,
     arbiters: Vec<Arbiter>,
     _lock: DataDirLock,
@@ -502,7 +510,9 @@ fn start(config: &Config) -> Result<Daemon, StartError> {
     );
     show_identity(&shared, config);
     let mut running = Running { arbiters: Vec::new() };
-    let (member, wal) = running.start_actors(config, found, node, &shared, &exit, disk, snapshots);
+    let peers_thread = running.arbiter("peers");
+    let Started { member, wal, door } =
+        running.start_actors(config, found, node, &shared, &exit, disk, snapshots, &peers_thread);
 
     let services = Arc::new(Services::new(
         &member,
@@ -515,10 +525,12 @@ fn start(config: &Config) -> Result<Daemon, StartError> {
         .map(|_| running.arbiter("transport"))
         .collect();
     let workers = Workers::new(threads, connections_max()?);
+    // The peer port is served where the peers are, so that a message changes threads once on its way.
+    let peer_workers = Workers::new(vec![peers_thread], PEER_CONNECTIONS_MAX);
     let listeners = bound
         .into_iter()
         .map(|(what, url, bound)| {
-            let served = served(what, config, &member, &services);
+            let served = served(what, config, &member, &services, &door);
             (what, url, bound, served)
         })
         .collect();
@@ -529,6 +541,7 @@ fn start(config: &Config) -> Result<Daemon, StartError> {
         exits,
         listeners,
         workers,
+        peer_workers,
         options,
         arbiters: running.arbiters,
         _lock: lock,
@@ -549,7 +562,13 @@ fn connections_max() -> Result<usize, StartError> {
     Ok(usize::try_from(soft - RESERVED_FILES).unwrap_or(usize::MAX))
 }
 
-fn served(what: &str, config: &Config, member: &Arc<Member>, services: &Arc<Services>) -> Served {
+fn served(
+    what: &str,
+    config: &Config,
+    member: &Arc<Member>,
+    services: &Arc<Services>,
+    door: &Arc<Door>,
+) -> Served {
     let subject: Arc<HttpMember> = Arc::new(HttpMember(member.clone()));
     let client = || {
         let origins = match &config.listen.cors {
@@ -563,11 +582,18 @@ fn served(what: &str, config: &Config, member: &Arc<Member>, services: &Arc<Serv
     let split = !config.listen.client_http_urls.is_empty();
     let only_http = |router: Router| Served { grpc: None, http: Some(router) };
     match what {
-        "peer" => only_http(peer::router(member.clone())),
+        "peer" => only_http(peer::router(member.clone(), door.clone())),
         "metrics" => only_http(metrics_router(subject, member.metrics)),
         "client-http" => only_http(client()),
         _ => Served { grpc: Some(services.clone()), http: (!split).then(client) },
     }
+}
+
+/// What is spoken to from outside once the actors run.
+struct Started {
+    member: Arc<Member>,
+    wal: Addr<WalWriter>,
+    door: Arc<Door>,
 }
 
 /// Arbiters that are stopped with the daemon.
@@ -593,7 +619,8 @@ impl Running {
         exit: &Exit,
         disk: SharedDisk,
         snapshots: SnapDir,
-    ) -> (Arc<Member>, Addr<WalWriter>) {
+        peers_thread: &ArbiterHandle,
+    ) -> Started {
         let raft_seat = Seat::<RaftActor>::new(raft::MAILBOX);
         let wal_seat = Seat::<WalWriter>::new(wal::MAILBOX);
         let applier_seat = Seat::<Applier>::new(64);
@@ -602,6 +629,7 @@ impl Running {
         let watch_seat = Seat::<WatchHub>::new(1024);
         let compactor_seat = Seat::<Compactor>::new(64);
         let snapshot_seat = Seat::<Snapshotter>::new(16);
+        let network_seat = Seat::<Network>::new(peers::MAILBOX);
         let election = Duration::from_millis(config.raft.election_ms);
         let quota = Quota(config.storage.quota_bytes);
 
@@ -633,7 +661,7 @@ impl Running {
             wal: wal_seat.addr(),
             applier: applier_seat.addr(),
             leases: lease_seat.addr().recipient(),
-            peers: None,
+            peers: Some(network_seat.addr().recipient()),
             exit: exit.clone(),
         };
         let raft_options = raft::Options {
@@ -641,6 +669,28 @@ impl Running {
             catch_up_entries: config.raft.snapshot_catchup_entries,
         };
         let raft_addr = raft_seat.addr();
+        let net = Net::new(
+            network::Links {
+                cluster_id: shared.cluster_id,
+                local: shared.member_id,
+                own_urls: config.cluster.advertise_peer_urls.clone(),
+                raft: RaftLink {
+                    step: raft_addr.clone().recipient(),
+                    unreachable: raft_addr.clone().recipient(),
+                    snapshot_done: raft_addr.clone().recipient(),
+                },
+                liveness: shared.reachable.clone(),
+                exit: exit.clone(),
+                metrics: Metrics::global(),
+                members: shared.published.load().members.clone(),
+            },
+            network::Options {
+                dial_timeout: PEER_DIAL_TIMEOUT + election,
+                read_timeout: config.raft.read_timeout,
+                write_timeout: config.raft.write_timeout,
+            },
+        );
+        let door = Arc::new(Door { net: net.clone(), network: network_seat.addr() });
         raft_seat
             .start_in(&self.arbiter("raft"), move || RaftActor::new(node, links, raft_options));
 
@@ -666,8 +716,10 @@ impl Running {
             promoted: lease_seat.addr().recipient(),
             compactor: compactor_seat.addr().recipient(),
             snapshotter: snapshot_seat.addr().recipient(),
+            peers: network_seat.addr().recipient(),
             exit: exit.clone(),
         };
+        network_seat.start_in(peers_thread, move || Network::new(net, Vec::new()));
         let applier_options = applier::Options {
             batch_interval: config.storage.batch_interval,
             batch_limit: config.storage.batch_limit as usize,
@@ -739,7 +791,7 @@ impl Running {
         snapshot_seat.start_in(&cold, move || {
             Snapshotter::new(disk, snapshots, snapshot_wal, exit_snapshot, snapshot_options)
         });
-        (member, wal_addr)
+        Started { member, wal: wal_addr, door }
     }
 }
 
@@ -801,9 +853,13 @@ impl Daemon {
         tracing::info!("starting etcd server");
         self.log_addresses();
         // Handlers are there once a member has started; before, a signal simply ends it.
+        let (failures, mut listener_failed) = mpsc::unbounded_channel();
+        // Without the others nothing is published, and they have to reach this member first.
+        let peers_stop = self.listen(|what| what == "peer", &failures);
         let published = tokio::select! {
             published = publish(&self.member, &self.config) => published,
             reason = self.exits.recv() => return self.failed(reason),
+            Some(error) = listener_failed.recv() => return listening_failed(&error),
         };
         if !published {
             return Ended::Failed;
@@ -816,7 +872,7 @@ impl Daemon {
                     return Ended::Failed;
                 }
             };
-        let (mut listener_failed, stop) = self.listen();
+        let stop = self.listen(|what| what != "peer", &failures);
         tracing::info!(took = ?started.elapsed(), "ready to serve client requests");
         notify_ready();
         for url in &self.config.listen.client_urls {
@@ -833,13 +889,10 @@ impl Daemon {
             _ = interrupts.recv() => Signal::SIGINT,
             _ = terminations.recv() => Signal::SIGTERM,
             reason = self.exits.recv() => return self.failed(reason),
-            Some(error) = listener_failed.recv() => {
-                crate::fatal!(error = %full(&error), "listener failed");
-                return Ended::Failed;
-            }
+            Some(error) = listener_failed.recv() => return listening_failed(&error),
         };
         tracing::info!(signal = %signal_name(signal), "received signal; shutting down");
-        self.stop(&stop).await;
+        self.stop(&stop, &peers_stop).await;
         Ended::Signal(signal)
     }
 
@@ -870,24 +923,26 @@ impl Daemon {
         }
     }
 
-    /// Starts accepting on every listener.
-    fn listen(&mut self) -> (mpsc::UnboundedReceiver<std::io::Error>, watch::Sender<bool>) {
+    /// Starts accepting on the listeners that are `wanted`, until the answer turns true.
+    fn listen(
+        &mut self,
+        wanted: impl Fn(&str) -> bool,
+        failures: &mpsc::UnboundedSender<std::io::Error>,
+    ) -> watch::Sender<bool> {
         let stop = watch::Sender::new(false);
-        let (failures, failed) = mpsc::unbounded_channel();
-        for (what, url, bound, served) in std::mem::take(&mut self.listeners) {
+        let (now, later): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.listeners).into_iter().partition(|(what, ..)| wanted(what));
+        self.listeners = later;
+        for (what, url, bound, served) in now {
+            let workers = if what == "peer" { &self.peer_workers } else { &self.workers };
             let serving = match what {
                 "peer" => "serving peer traffic",
                 "metrics" => "serving metrics",
                 _ => "serving client traffic",
             };
             tracing::info!(address = url.as_str(), "{serving}");
-            let accepting = listener::accept(
-                bound,
-                served,
-                self.workers.clone(),
-                self.options,
-                stop.subscribe(),
-            );
+            let accepting =
+                listener::accept(bound, served, workers.clone(), self.options, stop.subscribe());
             let failures = failures.clone();
             actix::spawn(async move {
                 if let Err(error) = accepting.await {
@@ -895,11 +950,11 @@ impl Daemon {
                 }
             });
         }
-        (failed, stop)
+        stop
     }
 
     /// Stops in the order of operations 6.5: clients first, the disk last.
-    async fn stop(mut self, stop: &watch::Sender<bool>) {
+    async fn stop(mut self, stop: &watch::Sender<bool>, peers_stop: &watch::Sender<bool>) {
         let deadline = Instant::now() + self.config.raft.request_timeout();
         stop.send_replace(true);
         self.member.stopping.send_replace(true);
@@ -918,6 +973,7 @@ impl Daemon {
         if self.wal.send(Close).await.is_err() {
             tracing::warn!("write-ahead log was closed already");
         }
+        peers_stop.send_replace(true);
         for arbiter in self.arbiters.drain(..) {
             arbiter.stop();
         }
@@ -927,6 +983,11 @@ impl Daemon {
             "closed etcd server"
         );
     }
+}
+
+fn listening_failed(error: &std::io::Error) -> Ended {
+    crate::fatal!(error = %full(error), "listener failed");
+    Ended::Failed
 }
 
 /// A URL's address without its scheme, as a listener shows it.
