@@ -18,7 +18,7 @@ use quorate_proto::raftpb::Message as RaftMessage;
 use tokio::sync::mpsc;
 
 use super::client::Dialer;
-use super::peer::{self, Close, Deliver, Peer, Urls};
+use super::peer::{self, Close, Deliver, Peer, PeerStatus, Urls};
 use super::stream::Outlet;
 use crate::actors::exit::Exit;
 use crate::actors::peers::{Liveness, Members, Send};
@@ -271,6 +271,11 @@ pub struct Learn {
     pub urls: String,
 }
 
+/// What is known of a member's connections; `None` for one that is not known at all.
+#[derive(Message)]
+#[rtype(result = "Option<PeerStatus>")]
+pub struct GetPeer(pub MemberId);
+
 /// Owns the peers.
 pub struct Network {
     net: Arc<Net>,
@@ -408,6 +413,15 @@ impl Handler<Attach> for Network {
                 Attached::Yes
             }
         })
+    }
+}
+
+impl Handler<GetPeer> for Network {
+    type Result = ResponseFuture<Option<PeerStatus>>;
+
+    fn handle(&mut self, GetPeer(id): GetPeer, _: &mut Self::Context) -> Self::Result {
+        let asked = self.peers.get(&id).map(|peer| peer.send(peer::GetStatus));
+        Box::pin(async move { asked?.await.ok() })
     }
 }
 

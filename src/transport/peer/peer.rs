@@ -65,6 +65,29 @@ pub struct StreamDown {
     pub error: StreamError,
 }
 
+/// The connections as they are now.
+#[derive(Message)]
+#[rtype(result = "PeerStatus")]
+pub struct GetStatus;
+
+/// A peer's connections.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct PeerStatus {
+    /// It has dialled these of its streams: what is sent leaves by them.
+    pub attached: Streams,
+    /// These of its streams this member has dialled.
+    pub dialled: Streams,
+    /// It is dialled at all.
+    pub member: bool,
+}
+
+/// Each of the two streams.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Streams {
+    pub message: bool,
+    pub msgapp: bool,
+}
+
 /// A task that ends with its owner.
 pub struct Task(tokio::task::JoinHandle<()>);
 
@@ -394,5 +417,18 @@ impl Handler<StreamDown> for Peer {
         if !self.message.up && !self.msgapp.up {
             self.unreached(&error);
         }
+    }
+}
+
+impl Handler<GetStatus> for Peer {
+    type Result = MessageResult<GetStatus>;
+
+    fn handle(&mut self, _: GetStatus, _: &mut Self::Context) -> Self::Result {
+        let attached = |side: &Side| side.outlet.as_ref().is_some_and(|outlet| !outlet.is_closed());
+        MessageResult(PeerStatus {
+            attached: Streams { message: attached(&self.message), msgapp: attached(&self.msgapp) },
+            dialled: Streams { message: self.message.up, msgapp: self.msgapp.up },
+            member: self.dial,
+        })
     }
 }

@@ -60,7 +60,7 @@ fn with_cluster(net: &Net, mut response: Response) -> Response {
 }
 
 /// Refuses who cannot be a member of this cluster.
-fn check_cluster(net: &Net, headers: &HeaderMap) -> Result<(), Response> {
+fn refuse_cluster(net: &Net, headers: &HeaderMap) -> Option<Response> {
     let ours = Version::parse(ETCD_VERSION).expect("a constant version parses");
     let sender = version(headers, "X-Server-Version");
     let demanded = version(headers, "X-Min-Cluster-Version");
@@ -75,7 +75,7 @@ fn check_cluster(net: &Net, headers: &HeaderMap) -> Result<(), Response> {
             "remote-peer-server-minimum-cluster-version" = ?headers.get("X-Min-Cluster-Version"),
             "failed to check version compatibility"
         );
-        return Err(refuse(net, StatusCode::PRECONDITION_FAILED, "incompatible version"));
+        return Some(refuse(net, StatusCode::PRECONDITION_FAILED, "incompatible version"));
     }
     let cluster = headers.get("X-Etcd-Cluster-ID").map(HeaderValue::as_bytes).unwrap_or_default();
     if cluster != net.cluster_id.to_string().as_bytes() {
@@ -86,9 +86,9 @@ fn check_cluster(net: &Net, headers: &HeaderMap) -> Result<(), Response> {
             "remote-peer-cluster-id" = %String::from_utf8_lossy(cluster),
             "request cluster ID mismatch"
         );
-        return Err(refuse(net, StatusCode::PRECONDITION_FAILED, "cluster ID mismatch"));
+        return Some(refuse(net, StatusCode::PRECONDITION_FAILED, "cluster ID mismatch"));
     }
-    Ok(())
+    None
 }
 
 /// Reads a member ID as members write it.
@@ -119,14 +119,14 @@ fn forbidden(net: &Net) -> Response {
 }
 
 /// Who may send raft messages here, and for whom.
-pub fn check_message(net: &Net, from: u64, to: u64) -> Result<(), Response> {
+pub fn refuse_message(net: &Net, from: u64, to: u64) -> Option<Response> {
     if net.is_removed(MemberId(from)) {
         tracing::warn!(
             "local-member-id" = %net.local,
             "removed-member-id" = %MemberId(from),
             "rejected Raft message from removed member"
         );
-        return Err(forbidden(net));
+        return Some(forbidden(net));
     }
     if to != net.local.0 {
         tracing::warn!(
@@ -136,9 +136,9 @@ pub fn check_message(net: &Net, from: u64, to: u64) -> Result<(), Response> {
         );
         // etcd answers 403 here as well, and so stops a healthy member that still knows this address
         // as another's. 412 makes the sender try again, as it does for the same fault on a stream.
-        return Err(refuse(net, StatusCode::PRECONDITION_FAILED, "to field mismatch"));
+        return Some(refuse(net, StatusCode::PRECONDITION_FAILED, "to field mismatch"));
     }
-    Ok(())
+    None
 }
 
 async fn message(State(door): State<Arc<Door>>, request: Request<Body>) -> Response {
@@ -146,7 +146,7 @@ async fn message(State(door): State<Arc<Door>>, request: Request<Body>) -> Respo
     if request.method() != Method::POST {
         return with_cluster(net, method_not_allowed("POST"));
     }
-    if let Err(response) = check_cluster(net, request.headers()) {
+    if let Some(response) = refuse_cluster(net, request.headers()) {
         return response;
     }
     learn(&door, request.headers());
@@ -173,7 +173,7 @@ async fn message(State(door): State<Arc<Door>>, request: Request<Body>) -> Respo
     if message.r#type == MSG_SNAP {
         return failed("wrong raft message type", &"a snapshot without its database");
     }
-    if let Err(response) = check_message(net, message.from, message.to) {
+    if let Some(response) = refuse_message(net, message.from, message.to) {
         return response;
     }
     let from = MemberId(message.from).to_string();
@@ -198,7 +198,7 @@ async fn stream(
     if method != Method::GET {
         return introduced(with_cluster(net, method_not_allowed("GET")));
     }
-    if let Err(response) = check_cluster(net, &headers) {
+    if let Some(response) = refuse_cluster(net, &headers) {
         return introduced(response);
     }
     let Some(kind) = StreamKind::ALL.into_iter().find(|known| known.path() == kind) else {
