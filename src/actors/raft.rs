@@ -189,6 +189,8 @@ pub struct RaftActor {
     options: Options,
     metrics: &'static Metrics,
 
+    /// When the last tick was.
+    ticked: std::time::Instant,
     drive_due: bool,
     work: usize,
     appends: usize,
@@ -233,6 +235,7 @@ impl RaftActor {
             exit: links.exit,
             options,
             metrics: Metrics::global(),
+            ticked: std::time::Instant::now(),
             drive_due: false,
             work: 0,
             appends: 0,
@@ -388,16 +391,19 @@ impl RaftActor {
         if led && !leading {
             self.leases.do_send(LeaderChanged { leading: false, term: self.node.status().term });
         }
+        if leader.0 == 0 {
+            // A round under way may still be answered, or ends with the next leader.
+            return;
+        }
         if let Some(round) = self.round.take() {
             self.node.forget_read(round.context);
             for waiter in round.waiters {
                 answer(waiter, Err(RequestError::LeaderChanged));
             }
         }
-        if leader.0 != 0 {
-            self.proposals.extend(std::mem::take(&mut self.parked));
-            self.propose_all();
-        }
+        self.proposals.extend(std::mem::take(&mut self.parked));
+        self.propose_all();
+        self.propose_changes();
     }
 
     /// Starts a read-index round for everything that waits, unless one is under way: later reads
@@ -450,11 +456,22 @@ impl RaftActor {
     }
 
     fn tick(&mut self, ctx: &mut Context<Self>) {
+        let now = std::time::Instant::now();
+        let since = now - std::mem::replace(&mut self.ticked, now);
+        if since > 2 * self.options.tick && self.node.is_leader() {
+            self.metrics.heartbeat_send_failures.increment(1);
+            tracing::warn!(
+                took = ?since,
+                "heartbeat-interval" = ?self.options.tick,
+                "leader failed to send out heartbeat on time; took too long, leader is overloaded likely from slow disk"
+            );
+        }
         self.node.tick();
         if self.commit_state.is_some() && self.appends == 0 && !self.exit.failed() {
             self.append(None, Vec::new(), false);
         }
         self.parked.retain(|proposal| !proposal.reply.is_closed());
+        self.parked_changes.retain(|change| !change.reply.is_closed());
         self.reads.retain(|waiter| !waiter.is_closed());
         // Without a quorum nothing is handed on, and those who gave up are replaced by others.
         self.waiters.retain(|(_, waiter)| !waiter.is_closed());
