@@ -21,6 +21,7 @@ use crate::actors::disk::{OsDisk, SharedDisk};
 use crate::actors::exit::{Exit, Reason, full};
 use crate::actors::lease::LeaseManager;
 use crate::actors::monitor::Monitor;
+use crate::actors::peers;
 use crate::actors::raft::{self, RaftActor};
 use crate::actors::shared::{Published, Shared};
 use crate::actors::snapshot::{self, Snapshotter};
@@ -49,11 +50,17 @@ use crate::transport::http::status::{ClientRules, client_router, metrics_router}
 use crate::transport::listener::{self, Bound, Served, Services, Workers};
 use crate::transport::member::{Limits, Member};
 use crate::transport::peer;
+use crate::transport::peer::network::{self, Net, Network, RaftLink};
+use crate::transport::peer::server::Door;
 
 /// File descriptors that are kept for everything but client connections (operations 1.4).
 const RESERVED_FILES: u64 = 150;
 /// A gRPC message may be larger than a request by this much (v3-api section 5).
 const GRPC_OVERHEAD: usize = 512 * 1024;
+/// Connections to the peer port: a few for each member, and those of the curious.
+const PEER_CONNECTIONS_MAX: usize = 4096;
+/// A connection to a peer has to stand within this and an election timeout (formats-and-peers 6.3).
+const PEER_DIAL_TIMEOUT: Duration = Duration::from_secs(1);
 /// Transport threads at most: more do not help while one thread applies.
 const TRANSPORT_THREADS_MAX: usize = 8;
 
@@ -160,6 +167,7 @@ struct Daemon {
     exits: mpsc::UnboundedReceiver<Reason>,
     listeners: Vec<(&'static str, Url, Bound, Served)>,
     workers: Workers,
+    peer_workers: Workers,
     options: listener::Options,
     arbiters: Vec<Arbiter>,
     _lock: DataDirLock,
@@ -441,7 +449,9 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     );
     show_identity(&shared, config);
     let mut running = Running { arbiters: Vec::new() };
-    let (member, wal) = running.start_actors(config, found, node, &shared, &exit, disk, snapshots);
+    let peers_thread = running.arbiter("peers");
+    let Started { member, wal, door } =
+        running.start_actors(config, found, node, &shared, &exit, disk, snapshots, &peers_thread);
 
     let services = Arc::new(Services::new(
         &member,
@@ -454,10 +464,12 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         .map(|_| running.arbiter("transport"))
         .collect();
     let workers = Workers::new(threads, connections_max()?);
+    // The peer port is served where the peers are, so that a message changes threads once on its way.
+    let peer_workers = Workers::new(vec![peers_thread], PEER_CONNECTIONS_MAX);
     let listeners = bound
         .into_iter()
         .map(|(what, url, bound)| {
-            let served = served(what, config, &member, &services);
+            let served = served(what, config, &member, &services, &door);
             (what, url, bound, served)
         })
         .collect();
@@ -468,6 +480,7 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         exits,
         listeners,
         workers,
+        peer_workers,
         options,
         arbiters: running.arbiters,
         _lock: lock,
@@ -488,7 +501,13 @@ fn connections_max() -> Result<usize, StartError> {
     Ok(usize::try_from(soft - RESERVED_FILES).unwrap_or(usize::MAX))
 }
 
-fn served(what: &str, config: &Config, member: &Arc<Member>, services: &Arc<Services>) -> Served {
+fn served(
+    what: &str,
+    config: &Config,
+    member: &Arc<Member>,
+    services: &Arc<Services>,
+    door: &Arc<Door>,
+) -> Served {
     let subject: Arc<HttpMember> = Arc::new(HttpMember(member.clone()));
     let client = || {
         let origins = match &config.listen.cors {
@@ -502,11 +521,18 @@ fn served(what: &str, config: &Config, member: &Arc<Member>, services: &Arc<Serv
     let split = !config.listen.client_http_urls.is_empty();
     let only_http = |router: Router| Served { grpc: None, http: Some(router) };
     match what {
-        "peer" => only_http(peer::router(member.clone())),
+        "peer" => only_http(peer::router(member.clone(), door.clone())),
         "metrics" => only_http(metrics_router(subject, member.metrics)),
         "client-http" => only_http(client()),
         _ => Served { grpc: Some(services.clone()), http: (!split).then(client) },
     }
+}
+
+/// What is spoken to from outside once the actors run.
+struct Started {
+    member: Arc<Member>,
+    wal: Addr<WalWriter>,
+    door: Arc<Door>,
 }
 
 /// Arbiters that are stopped with the daemon.
@@ -532,7 +558,8 @@ impl Running {
         exit: &Exit,
         disk: SharedDisk,
         snapshots: SnapDir,
-    ) -> (Arc<Member>, Addr<WalWriter>) {
+        peers_thread: &ArbiterHandle,
+    ) -> Started {
         let raft_seat = Seat::<RaftActor>::new(raft::MAILBOX);
         let wal_seat = Seat::<WalWriter>::new(wal::MAILBOX);
         let applier_seat = Seat::<Applier>::new(64);
@@ -541,6 +568,7 @@ impl Running {
         let watch_seat = Seat::<WatchHub>::new(1024);
         let compactor_seat = Seat::<Compactor>::new(64);
         let snapshot_seat = Seat::<Snapshotter>::new(16);
+        let network_seat = Seat::<Network>::new(peers::MAILBOX);
         let election = Duration::from_millis(config.raft.election_ms);
         let quota = Quota(config.storage.quota_bytes);
 
@@ -572,7 +600,7 @@ impl Running {
             wal: wal_seat.addr(),
             applier: applier_seat.addr(),
             leases: lease_seat.addr().recipient(),
-            peers: None,
+            peers: Some(network_seat.addr().recipient()),
             exit: exit.clone(),
         };
         let raft_options = raft::Options {
@@ -580,6 +608,28 @@ impl Running {
             catch_up_entries: config.raft.snapshot_catchup_entries,
         };
         let raft_addr = raft_seat.addr();
+        let net = Net::new(
+            network::Links {
+                cluster_id: shared.cluster_id,
+                local: shared.member_id,
+                own_urls: config.cluster.advertise_peer_urls.clone(),
+                raft: RaftLink {
+                    step: raft_addr.clone().recipient(),
+                    unreachable: raft_addr.clone().recipient(),
+                    snapshot_done: raft_addr.clone().recipient(),
+                },
+                liveness: shared.reachable.clone(),
+                exit: exit.clone(),
+                metrics: Metrics::global(),
+                members: shared.published.load().members.clone(),
+            },
+            network::Options {
+                dial_timeout: PEER_DIAL_TIMEOUT + election,
+                read_timeout: config.raft.read_timeout,
+                write_timeout: config.raft.write_timeout,
+            },
+        );
+        let door = Arc::new(Door { net: net.clone(), network: network_seat.addr() });
         raft_seat
             .start_in(&self.arbiter("raft"), move || RaftActor::new(node, links, raft_options));
 
@@ -604,8 +654,10 @@ impl Running {
             promoted: lease_seat.addr().recipient(),
             compactor: compactor_seat.addr().recipient(),
             snapshotter: snapshot_seat.addr().recipient(),
+            peers: network_seat.addr().recipient(),
             exit: exit.clone(),
         };
+        network_seat.start_in(peers_thread, move || Network::new(net, Vec::new()));
         let applier_options = applier::Options {
             batch_interval: config.storage.batch_interval,
             batch_limit: config.storage.batch_limit as usize,
@@ -677,7 +729,7 @@ impl Running {
         snapshot_seat.start_in(&cold, move || {
             Snapshotter::new(disk, snapshots, snapshot_wal, exit_snapshot, snapshot_options)
         });
-        (member, wal_addr)
+        Started { member, wal: wal_addr, door }
     }
 }
 
@@ -738,10 +790,11 @@ impl Daemon {
         let started = Instant::now();
         tracing::info!("starting etcd server");
         self.log_addresses();
-        let stop = watch::Sender::new(false);
+        let (stop, peers_stop) = (watch::Sender::new(false), watch::Sender::new(false));
         let (failures, mut listener_failed) = mpsc::unbounded_channel();
         // What is published below needs a leader, and that needs the other members.
-        self.listen(|what| matches!(what, "peer" | "metrics"), &stop, &failures);
+        self.listen(|what| what == "peer", &peers_stop, &failures);
+        self.listen(|what| what == "metrics", &stop, &failures);
         // Handlers are there once a member has started; before, a signal simply ends it.
         let published = tokio::select! {
             published = publish(&self.member, &self.config) => published,
@@ -779,7 +832,7 @@ impl Daemon {
             Some(error) = listener_failed.recv() => return listener_ended(&error),
         };
         tracing::info!(signal = %signal_name(signal), "received signal; shutting down");
-        self.stop(&stop).await;
+        self.stop(&stop, &peers_stop).await;
         Ended::Signal(signal)
     }
 
@@ -810,7 +863,7 @@ impl Daemon {
         }
     }
 
-    /// Starts accepting on the listeners that `wanted` picks by what they serve.
+    /// Starts accepting on the listeners that `wanted` picks by what they serve, until `stop` turns true.
     fn listen(
         &mut self,
         wanted: fn(&str) -> bool,
@@ -818,19 +871,15 @@ impl Daemon {
         failures: &mpsc::UnboundedSender<std::io::Error>,
     ) {
         for (what, url, bound, served) in self.listeners.extract_if(.., |(what, ..)| wanted(what)) {
+            let workers = if what == "peer" { &self.peer_workers } else { &self.workers };
             let serving = match what {
                 "peer" => "serving peer traffic",
                 "metrics" => "serving metrics",
                 _ => "serving client traffic",
             };
             tracing::info!(address = url.as_str(), "{serving}");
-            let accepting = listener::accept(
-                bound,
-                served,
-                self.workers.clone(),
-                self.options,
-                stop.subscribe(),
-            );
+            let accepting =
+                listener::accept(bound, served, workers.clone(), self.options, stop.subscribe());
             let failures = failures.clone();
             actix::spawn(async move {
                 if let Err(error) = accepting.await {
@@ -841,7 +890,7 @@ impl Daemon {
     }
 
     /// Stops in the order of operations 6.5: clients first, the disk last.
-    async fn stop(mut self, stop: &watch::Sender<bool>) {
+    async fn stop(mut self, stop: &watch::Sender<bool>, peers_stop: &watch::Sender<bool>) {
         let deadline = Instant::now() + self.config.raft.request_timeout();
         stop.send_replace(true);
         self.member.stopping.send_replace(true);
@@ -860,6 +909,7 @@ impl Daemon {
         if self.wal.send(Close).await.is_err() {
             tracing::warn!("write-ahead log was closed already");
         }
+        peers_stop.send_replace(true);
         for arbiter in self.arbiters.drain(..) {
             arbiter.stop();
         }

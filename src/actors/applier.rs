@@ -3,7 +3,7 @@
 //! in:  `Apply` from actors/raft.rs, `Committed` from actors/committer.rs, `CompactSlice` from
 //!      actors/compactor.rs, `Checkpoint` from actors/snapshot.rs and the daemon
 //! out: `Applied`, `ConfChanged` to actors/raft.rs; `Events` to actors/watch.rs; `LeaseChanges` to
-//!      actors/lease.rs; `Commit` to actors/committer.rs; `Compacted` to actors/compactor.rs;
+//!      actors/lease.rs; `Members` to the peer network; `Commit` to actors/committer.rs; `Compacted` to actors/compactor.rs;
 //!      `TakeSnapshot` to actors/snapshot.rs
 //!
 //! After each batch of entries: publish, then tell the followers of the store, then answer callers. So
@@ -26,6 +26,7 @@ use crate::actors::committer::{BatchCommitter, Commit, Committed};
 use crate::actors::compactor::Compacted;
 use crate::actors::exit::Exit;
 use crate::actors::lease::{LeaseChanges, Promoted};
+use crate::actors::peers::Members;
 use crate::actors::raft::{
     Abandon, Answer, Answered, Applied, ConfChanged, Proposal, RaftActor, RequestError, Requests,
 };
@@ -100,6 +101,8 @@ pub struct Links {
     pub promoted: Recipient<Promoted>,
     pub compactor: Recipient<Compacted>,
     pub snapshotter: Recipient<TakeSnapshot>,
+    /// The peer network.
+    pub peers: Recipient<Members>,
     pub exit: Exit,
 }
 
@@ -323,6 +326,10 @@ impl Applier {
         if let Some(at) = effects.compacted {
             self.metrics.compact_revision.set(at as f64);
             self.links.compactor.do_send(Compacted(at));
+        }
+        if effects.members {
+            let members = self.links.shared.published.load().members.clone();
+            self.links.peers.do_send(Members(members));
         }
         if effects.alarms {
             self.show_alarms();

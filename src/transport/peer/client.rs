@@ -56,6 +56,14 @@ impl Dialer {
     }
 }
 
+/// What a request to `url` names as its host.
+pub fn host(url: &Url) -> &str {
+    match url.scheme().is_unix() {
+        true => "localhost",
+        false => url.host(),
+    }
+}
+
 /// Why a request got no answer.
 #[derive(thiserror::Error, Debug)]
 pub enum CallError {
@@ -100,10 +108,7 @@ pub async fn call(
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
         let driving = tokio::spawn(connection);
-        let host = match url.socket_path() {
-            Some(_) => HeaderValue::from_static("localhost"),
-            None => HeaderValue::from_str(url.host()).expect("a parsed host is a header value"),
-        };
+        let host = HeaderValue::from_str(host(url)).expect("a parsed host is a header value");
         request.headers_mut().insert(header::HOST, host);
         let answered = sender.send_request(request).await.map_err(http);
         let result = match answered {
