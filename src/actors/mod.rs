@@ -32,6 +32,7 @@ pub mod committer;
 pub mod compactor;
 pub mod disk;
 pub mod exit;
+pub mod export;
 pub mod lease;
 pub mod monitor;
 pub mod peers;
