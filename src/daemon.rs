@@ -52,6 +52,7 @@ use crate::transport::member::{Limits, Member};
 use crate::transport::peer;
 use crate::transport::peer::network::{self, Net, Network, RaftLink};
 use crate::transport::peer::server::Door;
+use crate::transport::peer::snapshot::{FromEngine, Snapshots};
 
 /// File descriptors that are kept for everything but client connections (operations 1.4).
 const RESERVED_FILES: u64 = 150;
@@ -622,6 +623,14 @@ impl Running {
                 exit: exit.clone(),
                 metrics: Metrics::global(),
                 members: shared.published.load().members.clone(),
+                snapshots: Snapshots::new(
+                    Box::new(FromEngine {
+                        shared: shared.clone(),
+                        applier: applier_seat.addr(),
+                        snapshots: snapshots.clone(),
+                    }),
+                    snapshots.clone(),
+                ),
             },
             network::Options {
                 dial_timeout: PEER_DIAL_TIMEOUT + election,

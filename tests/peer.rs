@@ -1,24 +1,31 @@
 //! The peer network: two of them on the loopback, one beside a real etcd, and what one answers to
 //! requests that are not in order.
 
+use std::io::{Seek, Write};
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix::prelude::*;
+use quorate::actors::disk::OsDisk;
 use quorate::actors::exit::{Exit, Reason};
+use quorate::actors::export::{ExportError, Exported};
 use quorate::actors::peers::{Liveness, Members, Send};
 use quorate::actors::raft::{SnapshotDone, Step, Unreachable};
 use quorate::actors::spawn::{Seat, arbiter};
 use quorate::config::Url;
 use quorate::core::membership::{Member as Record, Membership};
-use quorate::core::raft::{MSG_APP, MSG_HEARTBEAT};
+use quorate::core::raft::{MSG_APP, MSG_HEARTBEAT, MSG_SNAP};
 use quorate::core::types::{ClusterId, MemberId};
 use quorate::metrics::Metrics;
+use quorate::storage::snap_dir::SnapDir;
 use quorate::transport::listener::{self, Bound, Served, Workers};
 use quorate::transport::peer::network::{GetPeer, Links, Net, Network, Options, RaftLink};
 use quorate::transport::peer::server::{self, Door};
-use quorate_proto::raftpb::{Entry, Message as RaftMessage};
+use quorate::transport::peer::snapshot::{Export, Snapshots};
+use quorate_proto::raftpb::{ConfState, Entry, Message as RaftMessage, Snapshot, SnapshotMetadata};
+use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
@@ -71,6 +78,33 @@ impl Handler<SnapshotDone> for Raft {
     }
 }
 
+/// Makes snapshots with this as the database.
+struct Canned(Vec<u8>);
+
+/// What the snapshots of [`Canned`] say besides.
+fn canned() -> Snapshot {
+    let conf_state = ConfState { voters: vec![1, 2], ..ConfState::default() };
+    let metadata = SnapshotMetadata { conf_state: Some(conf_state), index: 500, term: 1 };
+    Snapshot { data: "{}".into(), metadata: Some(metadata) }
+}
+
+impl Export for Canned {
+    fn export(
+        &self,
+    ) -> Pin<Box<dyn Future<Output = Result<Exported, ExportError>> + std::marker::Send>> {
+        let mut db = tempfile::tempfile().unwrap();
+        db.write_all(&self.0).unwrap();
+        db.rewind().unwrap();
+        let size = self.0.len() as u64;
+        Box::pin(async move {
+            match size {
+                0 => Err(ExportError::Empty),
+                _ => Ok(Exported { snapshot: canned(), db, size }),
+            }
+        })
+    }
+}
+
 /// A member that is nothing but its network.
 struct Node {
     id: MemberId,
@@ -80,6 +114,7 @@ struct Node {
     told: mpsc::UnboundedReceiver<Told>,
     exits: mpsc::UnboundedReceiver<Reason>,
     metrics: &'static Metrics,
+    dir: TempDir,
     _stop: watch::Sender<bool>,
     arbiter: Arbiter,
 }
@@ -121,12 +156,22 @@ fn membership(
 
 impl Node {
     fn start(listener: std::net::TcpListener, members: Membership) -> Node {
+        Node::with(listener, members, OPTIONS, Vec::new())
+    }
+
+    fn with(
+        listener: std::net::TcpListener,
+        members: Membership,
+        options: Options,
+        database: Vec<u8>,
+    ) -> Node {
         let id = members.local;
         let url = format!("http://{}", listener.local_addr().unwrap());
         let (tell, told) = mpsc::unbounded_channel();
         let raft = Raft(tell).start();
         let (exit, exits) = Exit::new();
         let liveness = Arc::<Liveness>::default();
+        let dir = TempDir::new().unwrap();
         let metrics: &'static Metrics = Box::leak(Box::new(Metrics::new()));
         let links = Links {
             cluster_id: members.cluster_id,
@@ -140,9 +185,13 @@ impl Node {
             liveness: liveness.clone(),
             exit,
             metrics,
+            snapshots: Snapshots::new(
+                Box::new(Canned(database)),
+                SnapDir::open(Arc::new(OsDisk), dir.path()).unwrap(),
+            ),
             members: Arc::new(members),
         };
-        let net = Net::new(links, OPTIONS);
+        let net = Net::new(links, options);
         let seat = Seat::<Network>::new(64);
         let network = seat.addr();
         let arbiter = arbiter("peers");
@@ -163,7 +212,7 @@ impl Node {
         let accepting =
             listener::accept(Bound::Tcp(listener), served, workers, options, stop.subscribe());
         actix::spawn(async move { accepting.await.unwrap() });
-        Node { id, url, network, liveness, told, exits, metrics, _stop: stop, arbiter }
+        Node { id, url, network, liveness, told, exits, metrics, dir, _stop: stop, arbiter }
     }
 
     fn send(&self, messages: Vec<RaftMessage>) {
@@ -197,6 +246,12 @@ impl Node {
             })
         })
         .await;
+    }
+
+    /// The names of the files of received snapshots, whole or not.
+    fn files(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(self.dir.path()).unwrap();
+        entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect()
     }
 
     fn metric(&self, line: &str) -> f64 {
@@ -576,5 +631,114 @@ fn a_member_that_was_removed_is_told_and_stops() {
         let reason = tokio::time::timeout(PATIENCE, late.exits.recv()).await.unwrap();
         assert_eq!(reason, Some(Reason::Removed));
         assert!(a.exits.try_recv().is_err());
+    });
+}
+
+fn snapshot_message(from: u64, to: u64) -> RaftMessage {
+    RaftMessage { r#type: MSG_SNAP, from, to, term: 1, ..RaftMessage::default() }
+}
+
+#[test]
+fn a_snapshot_arrives_with_its_database() {
+    run(async {
+        let ((a, url_a), (b, url_b)) = (listening(), listening());
+        let both = [(1, &*url_a), (2, &*url_b)];
+        let database: Vec<u8> =
+            (0..3_000_000u32).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        let members = membership(CLUSTER, 1, &both, &[]);
+        let mut a = Node::with(a, members, OPTIONS, database.clone());
+        let mut b = Node::start(b, membership(CLUSTER, 2, &both, &[]));
+        a.send(vec![snapshot_message(1, 2), heartbeat(1, 2, 3)]);
+        let mut arrived = b.messages(2).await;
+        // When raft is told of it, the database is there.
+        assert_eq!(b.files(), ["00000000000001f4.snap.db"]);
+        arrived.sort_by_key(|message| message.r#type);
+        // Raft's idea of the snapshot gave way to what the database is.
+        let expected = RaftMessage { snapshot: Some(canned()), ..snapshot_message(1, 2) };
+        assert_eq!(arrived, [expected, heartbeat(1, 2, 3)]);
+        let path = b.dir.path().join("00000000000001f4.snap.db");
+        assert!(std::fs::read(path).unwrap() == database);
+        assert_eq!(a.told().await, Told::Snapshot(SnapshotDone { to: b.id, ok: true }));
+        assert_eq!(a.metric("etcd_network_snapshot_send_success{To=\"2\"}"), 1.0);
+        assert_eq!(a.metric("etcd_network_snapshot_send_inflights_total{To=\"2\"}"), 0.0);
+        assert_eq!(b.metric("etcd_network_snapshot_receive_success{From=\"1\"}"), 1.0);
+        assert_eq!(b.metric("etcd_network_snapshot_receive_inflights_total{From=\"1\"}"), 0.0);
+    });
+}
+
+#[test]
+fn a_snapshot_that_does_not_arrive_is_reported() {
+    run(async {
+        let ((a, url_a), (b, url_b)) = (listening(), listening());
+        let both = [(1, &*url_a), (2, &*url_b)];
+        let failed = Told::Snapshot(SnapshotDone { to: MemberId(2), ok: false });
+        // The other side belongs to another cluster.
+        let members = membership(CLUSTER, 1, &both, &[]);
+        let mut sender = Node::with(a, members, OPTIONS, vec![7; 1000]);
+        let stranger = Node::start(b, membership(ClusterId(5), 2, &both, &[]));
+        sender.send(vec![snapshot_message(1, 2)]);
+        assert_eq!(sender.told().await, failed);
+        assert_eq!(sender.told().await, Told::Unreachable(MemberId(2)));
+        assert_eq!(sender.metric("etcd_network_snapshot_send_failures{To=\"2\"}"), 1.0);
+        assert!(stranger.files().is_empty());
+        // There is nothing to send.
+        let mut empty = Node::start(listening().0, membership(CLUSTER, 1, &both, &[]));
+        empty.send(vec![snapshot_message(1, 2)]);
+        assert_eq!(empty.told().await, failed);
+        assert_eq!(empty.told().await, Told::Unreachable(MemberId(2)));
+    });
+}
+
+#[test]
+fn snapshots_that_are_not_in_order_are_refused_and_leave_nothing() {
+    run(async {
+        let (listener, url) = listening();
+        let members = membership(CLUSTER, 1, &[(1, &url), (2, &nobody())], &[9]);
+        let options = Options { read_timeout: Duration::from_millis(300), ..OPTIONS };
+        let mut node = Node::with(listener, members, options, Vec::new());
+        let envelope = |message: &RaftMessage| {
+            let bytes = prost::Message::encode_to_vec(message);
+            [&(bytes.len() as u64).to_be_bytes()[..], &bytes].concat()
+        };
+        // Announces more than it sends if `lacking`.
+        let post = async |body: &[u8], lacking: usize| {
+            let request = format!(
+                "POST /raft/snapshot HTTP/1.1\r\n{}Content-Length: {}\r\n\r\n",
+                headers(2, &[]),
+                body.len() + lacking
+            );
+            let (status, _, text) = ask(&node.url, &request, body).await;
+            (status, text)
+        };
+        let whole = RaftMessage { snapshot: Some(canned()), ..snapshot_message(2, 1) };
+        let (status, text) = post(&u64::MAX.to_be_bytes(), 0).await;
+        assert_eq!(status, 400);
+        assert!(text.starts_with("failed to decode raft message (the message is 1844"), "{text}");
+        let (status, text) = post(&envelope(&whole)[..20], 0).await;
+        assert_eq!(status, 400);
+        assert!(text.starts_with("failed to decode raft message (it was cut short"), "{text}");
+        let refused = (400, "wrong raft message type\n".to_string());
+        assert_eq!(post(&envelope(&heartbeat(2, 1, 0)), 0).await, refused);
+        let elsewhere = RaftMessage { to: 5, ..whole.clone() };
+        let refused = (412, "to field mismatch\n".to_string());
+        assert_eq!(post(&envelope(&elsewhere), 0).await, refused);
+        let from_removed = RaftMessage { from: 9, ..whole.clone() };
+        assert_eq!(post(&envelope(&from_removed), 0).await.0, 403);
+        let (status, text) = post(&envelope(&snapshot_message(2, 1)), 0).await;
+        assert_eq!(status, 500);
+        assert!(text.starts_with("failed to process raft message ("), "{text}");
+        // A sender that falls silent in the middle.
+        let (status, text) = post(&[&envelope(&whole)[..], b"half"].concat(), 100).await;
+        assert_eq!(status, 500);
+        assert!(text.starts_with("failed to save KV snapshot (nothing arrived for"), "{text}");
+        until("the half of a file is gone", async || node.files().is_empty()).await;
+        assert!(node.told.try_recv().is_err());
+        assert_eq!(node.metric("etcd_network_snapshot_receive_inflights_total{From=\"2\"}"), 0.0);
+        // After all that, one that is in order.
+        let answer = post(&[&envelope(&whole)[..], b"database"].concat(), 0).await;
+        assert_eq!(answer, (204, String::new()));
+        assert_eq!(node.messages(1).await, [whole]);
+        let path = node.dir.path().join("00000000000001f4.snap.db");
+        assert_eq!(std::fs::read(path).unwrap(), b"database");
     });
 }

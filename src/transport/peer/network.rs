@@ -19,6 +19,7 @@ use tokio::sync::mpsc;
 
 use super::client::Dialer;
 use super::peer::{self, Close, Deliver, Peer, PeerStatus, Urls};
+use super::snapshot::Snapshots;
 use super::stream::Outlet;
 use crate::actors::exit::Exit;
 use crate::actors::peers::{Liveness, Members, Send};
@@ -105,6 +106,7 @@ pub struct Net {
     pub metrics: &'static Metrics,
     /// The members as of the last applied change.
     pub members: ArcSwap<Membership>,
+    pub snapshots: Snapshots,
     headers: Vec<(&'static str, String)>,
     head_lines: String,
 }
@@ -119,6 +121,7 @@ pub struct Links {
     pub liveness: Arc<Liveness>,
     pub exit: Exit,
     pub metrics: &'static Metrics,
+    pub snapshots: Snapshots,
     /// The members at start.
     pub members: Arc<Membership>,
 }
@@ -144,6 +147,7 @@ impl Net {
             exit: links.exit,
             metrics: links.metrics,
             members: ArcSwap::new(links.members),
+            snapshots: links.snapshots,
             head_lines: lines.collect(),
             headers,
         })

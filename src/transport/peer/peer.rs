@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use super::codec::StreamKind;
 use super::network::{Net, SharedUrls};
 use super::pipeline::Pipeline;
+use super::prober::{self, Prober};
 use super::stream::{Outlet, Reader, StreamError};
 use crate::actors::raft::{SnapshotDone, Unreachable};
 use crate::config::Url;
@@ -131,6 +132,7 @@ pub struct Peer {
     pub(super) urls: SharedUrls,
     pub(super) metrics: PeerMetrics,
     pub(super) pipeline: Pipeline,
+    pub(super) sending_snapshot: bool,
     dial: bool,
     message: Side,
     msgapp: Side,
@@ -148,6 +150,7 @@ impl Peer {
             urls: SharedUrls::new(urls),
             metrics,
             pipeline: Pipeline::default(),
+            sending_snapshot: false,
             dial,
             message: Side::default(),
             msgapp: Side::default(),
@@ -183,6 +186,16 @@ impl Peer {
                 metrics: self.metrics.clone(),
             };
             self.tasks.push(Task::spawn(reader.run()));
+        }
+        for name in prober::NAMES {
+            let prober = Prober {
+                net: self.net.clone(),
+                remote: self.id,
+                name,
+                urls: self.urls.clone(),
+                metrics: self.metrics.clone(),
+            };
+            self.tasks.push(Task::spawn(prober.run()));
         }
     }
 
@@ -239,19 +252,23 @@ impl Peer {
         refused
     }
 
-    /// Says in the log, counts and tells raft that `lost` did not leave.
+    /// Counts and tells raft that `lost` did not leave; says so in the log, unless it is known that the
+    /// peer cannot be reached.
     pub(super) fn lost(&self, lost: &[RaftMessage], why: &dyn std::fmt::Display) {
         let Some(first) = lost.first() else { return };
         self.metrics.sent_failures.increment(lost.len() as u64);
-        tracing::warn!(
-            "message-type" = first.r#type,
-            messages = lost.len(),
-            "local-member-id" = %self.net.local,
-            "remote-peer-id" = %self.id,
-            "remote-peer-active" = self.active,
-            reason = %why,
-            "dropped internal Raft message"
-        );
+        if self.active {
+            tracing::warn!(
+                "message-type" = first.r#type,
+                messages = lost.len(),
+                "local-member-id" = %self.net.local,
+                "remote-peer-id" = %self.id,
+                reason = %why,
+                "dropped internal Raft message"
+            );
+        } else {
+            tracing::debug!("remote-peer-id" = %self.id, reason = %why, "dropped internal Raft message");
+        }
         undelivered(&self.net, self.id, lost);
     }
 
@@ -292,6 +309,7 @@ impl Actor for Peer {
     }
 
     fn stopped(&mut self, _: &mut Self::Context) {
+        self.end_sending();
         self.unreached(&"the member was removed");
     }
 }
@@ -318,8 +336,10 @@ impl Handler<Deliver> for Peer {
                 lost.append(&mut self.send_kind(kind, batch, ctx));
             }
         }
-        lost.append(&mut snapshots);
         self.lost(&lost, &"sending buffer is full (overloaded network)");
+        for snapshot in snapshots {
+            self.send_snapshot(snapshot, ctx);
+        }
     }
 }
 

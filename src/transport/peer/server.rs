@@ -1,6 +1,7 @@
 //! What other members ask of this one's raft: `/raft` and the streams under it (operations 3.3).
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use actix::prelude::*;
 use axum::Router;
@@ -10,15 +11,21 @@ use axum::http::{HeaderMap, HeaderValue, Method, Request, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::any;
 use http_body_util::{BodyExt, Limited};
+use prost::Message as _;
 
 use super::codec::{self, MESSAGE_BYTES_MAX, StreamKind};
 use super::network::{Attach, Attached, Learn, MIN_CLUSTER_VERSION, Net, Network};
+use super::snapshot::{InFlight, Incoming};
 use super::stream::outlet;
 use crate::cli::ETCD_VERSION;
+use crate::config::duration::GoDuration;
 use crate::core::membership::Version;
 use crate::core::raft::MSG_SNAP;
 use crate::core::types::MemberId;
 use crate::transport::http::status::{method_not_allowed, text_error};
+
+/// The label of a sender that did not get as far as to say who it is.
+const UNKNOWN_SENDER: &str = "UNKNOWN_SNAPSHOT_SENDER";
 
 /// The network as its HTTP side knows it.
 pub struct Door {
@@ -30,6 +37,7 @@ pub struct Door {
 pub fn router(door: Arc<Door>) -> Router {
     Router::new()
         .route("/raft", any(message))
+        .route("/raft/snapshot", any(snapshot))
         .route("/raft/stream/{kind}/{from}", any(stream))
         .with_state(door)
 }
@@ -179,6 +187,81 @@ async fn message(State(door): State<Arc<Door>>, request: Request<Body>) -> Respo
     let from = MemberId(message.from).to_string();
     net.metrics.peer_received_bytes.with(&[&from]).increment(bytes as u64);
     net.raft.step(vec![message]).await;
+    with_cluster(net, StatusCode::NO_CONTENT.into_response())
+}
+
+async fn snapshot(State(door): State<Arc<Door>>, request: Request<Body>) -> Response {
+    let net = &door.net;
+    if request.method() != Method::POST {
+        return with_cluster(net, method_not_allowed("POST"));
+    }
+    if let Some(response) = refuse_cluster(net, request.headers()) {
+        return response;
+    }
+    learn(&door, request.headers());
+    let remote = text_of(request.headers(), "X-Server-From").unwrap_or_default().to_string();
+    let started = Instant::now();
+    let failed = |from: &str, status: StatusCode, text: String| {
+        net.metrics.snapshot_receive_failures.with(&[from]).increment(1);
+        tracing::warn!(
+            "local-member-id" = %net.local,
+            "remote-snapshot-sender-id" = remote,
+            error = text,
+            "failed to receive database snapshot"
+        );
+        refuse(net, status, &text)
+    };
+    let mut incoming = Incoming::new(request.into_body(), net.options.read_timeout);
+    let message = match incoming.message().await {
+        Ok(message) => message,
+        Err(error) => {
+            let text = format!("failed to decode raft message ({error})");
+            return failed(UNKNOWN_SENDER, StatusCode::BAD_REQUEST, text);
+        }
+    };
+    let from = MemberId(message.from).to_string();
+    net.metrics.peer_received_bytes.with(&[&from]).increment(message.encoded_len() as u64);
+    if message.r#type != MSG_SNAP {
+        let text = "wrong raft message type".to_string();
+        return failed(&from, StatusCode::BAD_REQUEST, text);
+    }
+    if let Some(response) = refuse_message(net, message.from, message.to) {
+        return response;
+    }
+    let metadata = message.snapshot.as_ref().and_then(|snapshot| snapshot.metadata.as_ref());
+    let Some(index) = metadata.map(|metadata| metadata.index).filter(|index| *index > 0) else {
+        let text = "failed to process raft message (the snapshot has no index)".to_string();
+        return failed(&from, StatusCode::INTERNAL_SERVER_ERROR, text);
+    };
+    tracing::info!(
+        "local-member-id" = %net.local,
+        "remote-snapshot-sender-id" = from,
+        "incoming-snapshot-index" = index,
+        "receiving database snapshot"
+    );
+    let in_flight = InFlight::new(net.metrics.snapshot_receive_inflights.with(&[&from]));
+    let saved = incoming.database(net, index).await;
+    drop(in_flight);
+    let bytes = match saved {
+        Ok(bytes) => bytes,
+        Err(error) => {
+            let text = format!("failed to save KV snapshot ({error})");
+            return failed(&from, StatusCode::INTERNAL_SERVER_ERROR, text);
+        }
+    };
+    net.metrics.peer_received_bytes.with(&[&from]).increment(bytes);
+    tracing::info!(
+        "local-member-id" = %net.local,
+        "remote-snapshot-sender-id" = from,
+        "incoming-snapshot-index" = index,
+        "download-took" = %GoDuration::from(started.elapsed()),
+        bytes,
+        "received and saved database snapshot"
+    );
+    // The database is on disk before raft knows of it.
+    net.raft.step(vec![message]).await;
+    net.metrics.snapshot_receive_success.with(&[&from]).increment(1);
+    net.metrics.snapshot_receive_seconds.with(&[&from]).record(started.elapsed());
     with_cluster(net, StatusCode::NO_CONTENT.into_response())
 }
 
