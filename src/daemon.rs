@@ -439,9 +439,8 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     }
     let node = restore_node(config, &found)?;
     let (exit, exits) = Exit::new();
-    let published = Published::of(&found.machine, None);
-    let shared =
-        Arc::new(Shared::new(found.cluster_id, found.member_id, found.engine.clone(), published));
+    let published = Published::of(&found.machine, found.engine.clone(), None);
+    let shared = Arc::new(Shared::new(found.cluster_id, found.member_id, published));
     tracing::info!(
         "cluster-id" = %found.cluster_id,
         "local-member-id" = %found.member_id,
@@ -601,10 +600,9 @@ impl Running {
             .start_in(&self.arbiter("wal"), move || WalWriter::new(log, to_raft, exit_wal, sync));
 
         let committer = committer_seat.addr();
-        let (to_applier, committer_shared, exit_committer) =
-            (applier_seat.addr().recipient(), shared.clone(), exit.clone());
+        let (to_applier, exit_committer) = (applier_seat.addr().recipient(), exit.clone());
         committer_seat.start_in(&self.arbiter("committer"), move || {
-            BatchCommitter::new(committer_shared, to_applier, exit_committer)
+            BatchCommitter::new(to_applier, exit_committer)
         });
 
         let links = applier::Links {

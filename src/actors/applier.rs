@@ -27,7 +27,7 @@ use crate::actors::compactor::Compacted;
 use crate::actors::exit::Exit;
 use crate::actors::lease::{LeaseChanges, Promoted};
 use crate::actors::raft::{
-    Answer, Answered, Applied, ConfChanged, Proposal, RaftActor, RequestError, Requests,
+    Abandon, Answer, Answered, Applied, ConfChanged, Proposal, RaftActor, RequestError, Requests,
 };
 use crate::actors::shared::{Published, Shared};
 use crate::actors::snapshot::TakeSnapshot;
@@ -84,6 +84,9 @@ const OVERLAY_BATCHES: usize = 10;
 /// A batch is made durable if none was for this long: an engine may be unable to use space again that
 /// was freed since its last durable commit, and a restart replays less.
 const DURABLE_AFTER: Duration = Duration::from_secs(10);
+
+/// How long a member that was removed goes on (v3-api 3.10).
+const REMOVED_STOPS_AFTER: Duration = Duration::from_secs(1);
 
 type Waiters = HashMap<u64, oneshot::Sender<Answer>, BuildHasherDefault<FxHasher>>;
 
@@ -155,11 +158,12 @@ impl Applier {
     fn apply(&mut self, apply: Apply, ctx: &mut Context<Self>) {
         let Some(last) = apply.entries.last().map(|entry| Index(entry.index)) else { return };
         self.waiters.extend(apply.waiters);
-        let engine = self.links.shared.engine.clone();
+        let engine = self.links.shared.published.load().engine.clone();
         let values = Values::new(&*engine);
         let size = || engine.size().unwrap_or(0);
         let mut effects = Effects::default();
         let mut answers: Vec<(u64, Result<Reply, RequestError>, Term)> = Vec::new();
+        let mut changes = Vec::new();
         for entry in &apply.entries {
             let started = Instant::now();
             let waiters = &self.waiters;
@@ -175,7 +179,7 @@ impl Applier {
                 Ok(None) => {}
                 Ok(Some(outcome)) => {
                     self.account(&outcome, started.elapsed());
-                    self.settle(entry, outcome, &mut answers);
+                    self.settle(entry, outcome, &mut answers, &mut changes);
                 }
                 Err(error) => {
                     // Whatever was applied of this batch is in the log; nothing of it is answered.
@@ -190,6 +194,11 @@ impl Applier {
             let Some(waiter) = self.waiters.remove(&id) else { continue };
             // A caller that gave up needs no answer.
             answer(waiter, result.map(|reply| Answered { reply, term }));
+        }
+        // After the publication, so that the proposer finds the members of its change; before `Applied`,
+        // as the node has to know them then.
+        for change in changes {
+            self.conf_changed(change, ctx);
         }
         self.links.raft.do_send(Applied(last));
         self.metrics.proposals_applied.set(last.0 as f64);
@@ -224,12 +233,17 @@ impl Applier {
         entry: &raftpb::Entry,
         outcome: Outcome,
         answers: &mut Vec<(u64, Result<Reply, RequestError>, Term)>,
+        changes: &mut Vec<ConfChanged>,
     ) {
         let term = Term(entry.term);
         match outcome.kind {
             Kind::Empty => self.links.promoted.do_send(Promoted(term)),
             Kind::ConfChange(change) => {
-                self.links.raft.do_send(ConfChanged { index: Index(entry.index), change })
+                let result = outcome.result.map_err(RequestError::Apply);
+                let result = result.map(|reply| Answered { reply, term });
+                let waiter = self.waiters.remove(&outcome.id);
+                let answer = waiter.map(|waiter| (waiter, result));
+                return changes.push(ConfChanged { index: Index(entry.index), change, answer });
             }
             Kind::Request(_) => {}
         }
@@ -241,6 +255,17 @@ impl Applier {
         } else {
             answers.push((outcome.id, outcome.result.map_err(RequestError::Apply), term));
         }
+    }
+
+    fn conf_changed(&mut self, changed: ConfChanged, ctx: &mut Context<Self>) {
+        if let Some(change) = &changed.change {
+            let remove = change.r#type == raftpb::ConfChangeType::RemoveNode as i32;
+            if remove && change.node_id == self.links.shared.member_id.0 {
+                // Others, and those who wait here, learn of it first.
+                ctx.run_later(REMOVED_STOPS_AFTER, |this, _| this.links.exit.removed());
+            }
+        }
+        self.links.raft.do_send(changed);
     }
 
     /// Raises the alarm for this member; the caller is answered when it is in force.
@@ -269,7 +294,9 @@ impl Applier {
         let shared = &self.links.shared;
         let previous = shared.published.load_full();
         let members = effects.members || effects.cluster_version;
-        let published = Published::of(&self.machine, Some((&previous, effects.alarms, members)));
+        let engine = previous.engine.clone();
+        let kept = Some((&*previous, effects.alarms, members));
+        let published = Published::of(&self.machine, engine, kept);
         shared.published.store(Arc::new(published));
     }
 
@@ -361,12 +388,14 @@ impl Applier {
         };
         self.durable_wanted = false;
         self.committing = true;
+        let now = self.links.shared.published.load();
         self.in_flight = InFlight {
             term: self.machine.term(),
-            members: Some(self.links.shared.published.load().members.clone()),
+            members: Some(now.members.clone()),
             checkpoints: std::mem::take(&mut self.checkpoints),
         };
-        self.links.committer.do_send(Commit { batch, index, durability });
+        let engine = now.engine.clone();
+        self.links.committer.do_send(Commit { engine, batch, index, durability });
         // The moved changes stay readable: the next publication shows them as being committed.
     }
 
@@ -422,6 +451,17 @@ impl Handler<Committed> for Applier {
             self.handle(apply, ctx);
         }
         self.after_change(ctx);
+    }
+}
+
+impl Handler<Abandon> for Applier {
+    type Result = ();
+
+    fn handle(&mut self, _: Abandon, _: &mut Self::Context) {
+        self.waiters.clear();
+        for apply in &mut self.held {
+            apply.waiters.clear();
+        }
     }
 }
 

@@ -52,6 +52,12 @@ impl Exit {
         drop(self.reasons.send(Reason::Failed { part, error: text }));
     }
 
+    /// Reports that this member does not belong to the cluster any more.
+    pub fn removed(&self) {
+        // As in `fail`.
+        drop(self.reasons.send(Reason::Removed));
+    }
+
     /// Whether some part has failed.
     pub fn failed(&self) -> bool {
         self.failed.load(Ordering::Acquire)

@@ -7,7 +7,7 @@
 //!                                   raft ── Apply ───► applier ── Applied, ConfChanged ──► raft
 //! applier ── Commit ──► committer ── Committed ──► applier
 //! applier ── Events ──► watch ── responses ──► transport
-//! applier ── LeaseChanges, Promoted ──► lease ── Requests (revokes) ──► raft
+//! applier ── LeaseChanges, Promoted ──► lease ── AsLeader (revokes) ──► raft
 //! applier ── Compacted ──► compactor ── CompactSlice ──► applier
 //! applier ── TakeSnapshot ──► snapshot ── SaveSnapshot, Release ──► wal
 //! transport ── Renewals, Remaining ──► lease      transport ── Open, Ask, Delivered ──► watch
