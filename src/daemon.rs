@@ -22,7 +22,7 @@ use crate::actors::exit::{Exit, Reason, full};
 use crate::actors::lease::LeaseManager;
 use crate::actors::monitor::Monitor;
 use crate::actors::peers;
-use crate::actors::raft::{self, RaftActor};
+use crate::actors::raft::{self, AdvanceTicks, RaftActor, RequestError};
 use crate::actors::shared::{Published, Shared};
 use crate::actors::snapshot::{self, Snapshotter};
 use crate::actors::spawn::{Seat, arbiter};
@@ -30,6 +30,7 @@ use crate::actors::wal::{self, Close, WalWriter};
 use crate::actors::watch::WatchHub;
 use crate::bootstrap::{self, Birth, BootstrapError, Plan};
 use crate::cli::ETCD_VERSION;
+use crate::config::duration::GoDuration;
 use crate::config::{Config, ConfigError, EngineKind, Gate, Origins, Retention, Url};
 use crate::core::apply::{Machine, STORAGE_VERSION};
 use crate::core::autocompact::{self, AutoCompaction};
@@ -61,6 +62,10 @@ const GRPC_OVERHEAD: usize = 512 * 1024;
 const PEER_CONNECTIONS_MAX: usize = 4096;
 /// A connection to a peer has to stand within this and an election timeout (formats-and-peers 6.3).
 const PEER_DIAL_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often a starting member looks how many others it can reach.
+const REACHABLE_POLL: Duration = Duration::from_millis(50);
+/// Between two tries to publish, if the first was refused at once.
+const PUBLISH_PAUSE: Duration = Duration::from_millis(100);
 /// Transport threads at most: more do not help while one thread applies.
 const TRANSPORT_THREADS_MAX: usize = 8;
 
@@ -416,13 +421,18 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     };
     // A port that is taken is found out before the directory is touched.
     let bound = bind_all(config, &options)?;
-    let birth = match plan {
-        Plan::Restart => None,
-        Plan::Found => Some(bootstrap::found::found(config)?),
-        Plan::Join => return Err(StartError::Refused("joining is not there yet".into())),
-    };
+    let birth = bootstrap::birth(config, plan, server_version()).await?;
     let snapshots = SnapDir::open(disk.clone(), &config.member.snap_dir())?;
-    let found = read_directory(config, &disk, birth.as_ref())?;
+    let mut found = read_directory(config, &disk, birth.as_ref())?;
+    if config.cluster.force_new && plan == Plan::Restart {
+        let applied = found.machine.applied();
+        bootstrap::force::force(
+            &mut found.log,
+            &mut found.recovered,
+            &found.machine.members,
+            applied,
+        )?;
+    }
     let threshold = config.storage.bootstrap_defrag_threshold_mib << 20;
     if threshold > 0 {
         let free = found.engine.size()?.saturating_sub(found.engine.size_in_use()?);
@@ -795,6 +805,7 @@ impl Daemon {
         // What is published below needs a leader, and that needs the other members.
         self.listen(|what| what == "peer", &peers_stop, &failures);
         self.listen(|what| what == "metrics", &stop, &failures);
+        actix::spawn(advance_ticks(self.member.clone(), self.config.raft.clone()));
         // Handlers are there once a member has started; before, a signal simply ends it.
         let published = tokio::select! {
             published = publish(&self.member, &self.config) => published,
@@ -942,38 +953,88 @@ fn signal_name(signal: Signal) -> &'static str {
     }
 }
 
+/// Skips most of the first election timeout once more than one other member can be reached: enough is
+/// left of it to hear of a leader that there may be (operations 2.9). A member that is alone campaigns
+/// by itself.
+async fn advance_ticks(member: Arc<Member>, raft: crate::config::Raft) {
+    let election_ticks = raft.election_ticks();
+    if member.now().members.members().len() == 1 {
+        return;
+    }
+    if !raft.initial_election_tick_advance {
+        tracing::info!("election-ticks" = election_ticks, "skipping initial election tick advance");
+        return;
+    }
+    tracing::info!("election-ticks" = election_ticks, "starting initial election tick advance");
+    let deadline = Instant::now() + raft.read_timeout;
+    while Instant::now() < deadline {
+        tokio::time::sleep(REACHABLE_POLL).await;
+        let active = member.shared.reachable.count();
+        if active > 1 {
+            let ticks = election_ticks.saturating_sub(2);
+            tracing::info!(
+                "local-member-id" = %member.shared.member_id,
+                "forward-ticks" = ticks,
+                "forward-duration" = %GoDuration::from(tick_time(&raft, ticks)),
+                "election-ticks" = election_ticks,
+                "election-timeout" = %GoDuration::from(tick_time(&raft, election_ticks)),
+                "active-remote-members" = active,
+                "initialized peer connections; fast-forwarding election ticks"
+            );
+            member.raft.do_send(AdvanceTicks(usize::try_from(ticks).unwrap_or(usize::MAX)));
+            return;
+        }
+    }
+}
+
+fn tick_time(raft: &crate::config::Raft, ticks: u64) -> Duration {
+    Duration::from_millis(raft.heartbeat_ms.saturating_mul(ticks))
+}
+
 /// Publishes name and client URLs through the log, until that has been applied: the member is ready
-/// only then (operations 2.9). Answers false if the member is stopping.
+/// only then (operations 2.9). Without a leader that takes as long as there is none; each try waits
+/// for the request timeout. Answers false if the member is stopping.
 async fn publish(member: &Arc<Member>, config: &Config) -> bool {
+    let name = &config.member.name;
+    let client_urls: Vec<String> =
+        config.cluster.advertise_client_urls.iter().map(|url| url.as_str().to_string()).collect();
+    let attributes = format!("{{Name:{name} ClientURLs:[{}]}}", client_urls.join(" "));
+    let timeout = GoDuration::from(config.raft.request_timeout());
     let request = Request::ClusterMemberAttrSet(membershippb::ClusterMemberAttrSetRequest {
         member_id: member.shared.member_id.0,
-        member_attributes: Some(membershippb::Attributes {
-            name: config.member.name.clone(),
-            client_urls: config
-                .cluster
-                .advertise_client_urls
-                .iter()
-                .map(|url| url.as_str().to_string())
-                .collect(),
-        }),
+        member_attributes: Some(membershippb::Attributes { name: name.clone(), client_urls }),
     });
     loop {
-        match member.propose(request.clone()).await {
+        let error = match member.propose(request.clone()).await {
             Ok(_) => break,
-            Err(crate::actors::raft::RequestError::Stopped) => return false,
-            Err(error) => {
+            Err(RequestError::Stopped) => {
                 tracing::warn!(
                     "local-member-id" = %member.shared.member_id,
-                    %error,
-                    "failed to publish local member to cluster through raft"
+                    "local-member-attributes" = attributes,
+                    "publish-timeout" = %timeout,
+                    "stopped publish because server is stopping"
                 );
+                return false;
             }
+            Err(error) => error,
+        };
+        tracing::warn!(
+            "local-member-id" = %member.shared.member_id,
+            "local-member-attributes" = attributes,
+            "publish-timeout" = %timeout,
+            %error,
+            "failed to publish local member to cluster through raft"
+        );
+        if !matches!(error, RequestError::TimedOut | RequestError::NoLeader) {
+            // It was refused without any wait.
+            tokio::time::sleep(PUBLISH_PAUSE).await;
         }
     }
     tracing::info!(
         "local-member-id" = %member.shared.member_id,
+        "local-member-attributes" = attributes,
         "cluster-id" = %member.shared.cluster_id,
-        "publish-timeout" = ?config.raft.request_timeout(),
+        "publish-timeout" = %timeout,
         "published local member to cluster through raft"
     );
     true
