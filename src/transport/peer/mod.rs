@@ -2,6 +2,7 @@
 //! Raft between members comes with clusters.
 
 pub mod client;
+pub mod forward;
 
 use std::sync::Arc;
 
@@ -22,7 +23,8 @@ pub fn router(member: Arc<Member>) -> Router {
         .route("/members", any(members))
         .route("/raft/probing", any(probing))
         .fallback(not_found)
-        .with_state(member)
+        .with_state(member.clone())
+        .merge(forward::router(member))
 }
 
 async fn version(State(member): State<Arc<Member>>, method: Method) -> Response {
