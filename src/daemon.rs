@@ -1,6 +1,5 @@
 //! The member as a process: reads its directory, starts the actors, serves, and stops them in reverse.
 
-use std::net::{IpAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -11,8 +10,7 @@ use actix::prelude::*;
 use axum::Router;
 use engine_api::{Engine, Table};
 use nix::sys::signal::{SigHandler, Signal};
-use prost::Message as _;
-use quorate_proto::{membershippb, raftpb, walpb};
+use quorate_proto::{membershippb, walpb};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -29,16 +27,14 @@ use crate::actors::snapshot::{self, Snapshotter};
 use crate::actors::spawn::{Seat, arbiter};
 use crate::actors::wal::{self, Close, WalWriter};
 use crate::actors::watch::WatchHub;
+use crate::bootstrap::{self, Birth, BootstrapError, Plan};
 use crate::cli::ETCD_VERSION;
-use crate::config::duration::GoDuration;
 use crate::config::{Config, ConfigError, EngineKind, Gate, Origins, Retention, Url};
 use crate::core::apply::{Machine, STORAGE_VERSION};
 use crate::core::autocompact::{self, AutoCompaction};
 use crate::core::command::Request;
 use crate::core::lease::{CHECKPOINT_INTERVAL_MS, LessorOptions, min_ttl};
-use crate::core::membership::{
-    ChangeContext, Member as MemberRecord, Membership, Version, cluster_id, member_id,
-};
+use crate::core::membership::{Membership, Version};
 use crate::core::quota::Quota;
 use crate::core::raft::{Config as RaftConfig, Node, Restored};
 use crate::core::types::{ClusterId, Index, MemberId, Term};
@@ -58,9 +54,6 @@ use crate::transport::peer;
 const RESERVED_FILES: u64 = 150;
 /// A gRPC message may be larger than a request by this much (v3-api section 5).
 const GRPC_OVERHEAD: usize = 512 * 1024;
-/// How long, and how often, a host name of a first start is looked up (operations 2.3).
-const RESOLVE_PATIENCE: Duration = Duration::from_secs(30);
-const RESOLVE_PAUSE: Duration = Duration::from_secs(1);
 /// Transport threads at most: more do not help while one thread applies.
 const TRANSPORT_THREADS_MAX: usize = 8;
 
@@ -71,6 +64,8 @@ enum StartError {
     Refused(String),
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error(transparent)]
+    Bootstrap(#[from] BootstrapError),
     #[error(transparent)]
     Lock(#[from] crate::storage::lock::LockError),
     #[error(transparent)]
@@ -102,7 +97,7 @@ pub fn run(config: Config, _logging: Logging) -> ExitCode {
     nix::sys::prctl::set_thp_disable(true).ok();
     let system = actix::System::new();
     let ended = system.block_on(async {
-        match start(&config) {
+        match start(&config).await {
             Ok(daemon) => daemon.serve().await,
             Err(error) => {
                 // etcd says this whatever kept it from starting; scripts look for it.
@@ -265,79 +260,14 @@ fn create_dir(path: &Path) -> Result<(), StartError> {
         .map_err(|source| StartError::Dir { path: path.to_path_buf(), source })
 }
 
-/// The address that the system's resolver has for a host; IPv4 first, as Go has it.
-fn resolve(host: &str) -> std::io::Result<IpAddr> {
-    let found: Vec<IpAddr> = (host, 0).to_socket_addrs()?.map(|address| address.ip()).collect();
-    let v4 = found.iter().find(|ip| ip.is_ipv4());
-    let none = || std::io::Error::new(std::io::ErrorKind::NotFound, "the name has no address");
-    v4.or(found.first()).copied().ok_or_else(none)
-}
-
-/// Checks what a first start rests on. A name that does not resolve yet is asked for again, since in
-/// many installations it appears only once the process runs (operations 2.3).
-fn check_first_start(
+/// Reads the data directory; one without a log begins as `birth` says.
+fn read_directory(
     config: &Config,
-    lookup: &dyn Fn(&str) -> std::io::Result<IpAddr>,
-    patience: Duration,
-    pause: Duration,
-) -> Result<(), ConfigError> {
-    let deadline = Instant::now() + patience;
-    loop {
-        match config.check_bootstrap(lookup) {
-            Err(error @ ConfigError::Resolve { .. }) if Instant::now() + pause < deadline => {
-                tracing::warn!(
-                    %error,
-                    "retry-interval" = %GoDuration::from(pause),
-                    "failed to resolve URL Host"
-                );
-                std::thread::sleep(pause);
-            }
-            checked => return checked,
-        }
-    }
-}
-
-/// The member that a first start founds the cluster with; [`check_first_start`] has passed.
-fn founder(config: &Config) -> (MemberId, ClusterId, MemberRecord) {
-    let own = config.cluster.initial.get(&config.member.name);
-    let mut urls: Vec<String> =
-        own.into_iter().flatten().map(|url| url.as_str().to_string()).collect();
-    urls.sort();
-    let id = member_id(&urls, &config.cluster.token, None);
-    let record = MemberRecord { id: id.0, peer_urls: urls, ..MemberRecord::default() };
-    (id, cluster_id([id]), record)
-}
-
-/// Founds a cluster of one: its log begins with the member's own addition (formats-and-peers 1.5).
-fn found_cluster(config: &Config, disk: &SharedDisk) -> Result<(), StartError> {
-    let (id, cluster, member) = founder(config);
-    let metadata = walpb::Metadata { node_id: Some(id.0), cluster_id: Some(cluster.0) };
-    let mut log = WalLog::create(disk.clone(), &config.member.wal_dir(), &metadata)?;
-    let context = ChangeContext { member, is_promote: false };
-    let change = raftpb::ConfChange {
-        id: 0,
-        r#type: raftpb::ConfChangeType::AddNode as i32,
-        node_id: id.0,
-        context: serde_json::to_vec(&context).expect("a member is always JSON").into(),
-    };
-    let entry = raftpb::Entry {
-        r#type: raftpb::EntryType::EntryConfChange as i32,
-        term: 1,
-        index: 1,
-        data: change.encode_to_vec().into(),
-    };
-    let hard_state = raftpb::HardState { term: 1, vote: 0, commit: 1 };
-    log.append(&[entry], Some(&hard_state))?;
-    log.sync()?;
-    log.close()?;
-    Ok(())
-}
-
-/// Reads the data directory, founding a cluster if it is new.
-fn read_directory(config: &Config, disk: &SharedDisk) -> Result<Found, StartError> {
+    disk: &SharedDisk,
+    birth: Option<&Birth>,
+) -> Result<Found, StartError> {
     let wal_dir = config.member.wal_dir();
-    let exists = wal_log::has_log(&**disk, &wal_dir)?;
-    if exists {
+    if birth.is_none() {
         check_engine_is_there(config, disk)?;
     }
     let (engine, persistent) = open_engine(config)?;
@@ -366,7 +296,7 @@ fn read_directory(config: &Config, disk: &SharedDisk) -> Result<Found, StartErro
     }
     let (mut machine, unfinished) = (restored.machine, restored.unfinished);
     let applied = machine.applied();
-    if !exists {
+    if let Some(birth) = birth {
         if applied.0 > 0 {
             return Err(StartError::Refused(format!(
                 "the engine in {} has applied entry {applied}, but there is no write-ahead log in {}",
@@ -374,7 +304,7 @@ fn read_directory(config: &Config, disk: &SharedDisk) -> Result<Found, StartErro
                 wal_dir.display()
             )));
         }
-        found_cluster(config, disk)?;
+        birth.write_log(disk, &wal_dir)?;
     }
     let mut beyond = None;
     let (log, recovered) = WalLog::open(disk.clone(), &wal_dir, |valid| {
@@ -453,13 +383,18 @@ fn bind_all(
     Ok(bound)
 }
 
-fn start(config: &Config) -> Result<Daemon, StartError> {
+async fn start(config: &Config) -> Result<Daemon, StartError> {
     log_settings(config);
     check_directory(config)?;
     let disk: SharedDisk = Arc::new(OsDisk);
-    if !wal_log::has_log(&*disk, &config.member.wal_dir())? {
-        check_first_start(config, &resolve, RESOLVE_PATIENCE, RESOLVE_PAUSE)?;
-    }
+    let plan = Plan::of(config, wal_log::has_log(&*disk, &config.member.wal_dir())?);
+    bootstrap::check_first_start(
+        config,
+        plan,
+        &bootstrap::resolve,
+        bootstrap::RESOLVE_PATIENCE,
+        bootstrap::RESOLVE_PAUSE,
+    )?;
     create_dir(&config.member.data_dir)?;
     let lock = DataDirLock::take(&*disk, &config.member.data_dir, &config.member.wal_dir())?;
     let options = listener::Options {
@@ -473,8 +408,13 @@ fn start(config: &Config) -> Result<Daemon, StartError> {
     };
     // A port that is taken is found out before the directory is touched.
     let bound = bind_all(config, &options)?;
+    let birth = match plan {
+        Plan::Restart => None,
+        Plan::Found => Some(bootstrap::found::found(config)?),
+        Plan::Join => return Err(StartError::Refused("joining is not there yet".into())),
+    };
     let snapshots = SnapDir::open(disk.clone(), &config.member.snap_dir())?;
-    let found = read_directory(config, &disk)?;
+    let found = read_directory(config, &disk, birth.as_ref())?;
     let threshold = config.storage.bootstrap_defrag_threshold_mib << 20;
     if threshold > 0 {
         let free = found.engine.size()?.saturating_sub(found.engine.size_in_use()?);
@@ -489,9 +429,8 @@ fn start(config: &Config) -> Result<Daemon, StartError> {
     }
     let node = restore_node(config, &found)?;
     let (exit, exits) = Exit::new();
-    let published = Published::of(&found.machine, None);
-    let shared =
-        Arc::new(Shared::new(found.cluster_id, found.member_id, found.engine.clone(), published));
+    let published = Published::of(&found.machine, found.engine.clone(), None);
+    let shared = Arc::new(Shared::new(found.cluster_id, found.member_id, published));
     tracing::info!(
         "cluster-id" = %found.cluster_id,
         "local-member-id" = %found.member_id,
@@ -654,10 +593,9 @@ impl Running {
             .start_in(&self.arbiter("wal"), move || WalWriter::new(log, to_raft, exit_wal, sync));
 
         let committer = committer_seat.addr();
-        let (to_applier, committer_shared, exit_committer) =
-            (applier_seat.addr().recipient(), shared.clone(), exit.clone());
+        let (to_applier, exit_committer) = (applier_seat.addr().recipient(), exit.clone());
         committer_seat.start_in(&self.arbiter("committer"), move || {
-            BatchCommitter::new(committer_shared, to_applier, exit_committer)
+            BatchCommitter::new(to_applier, exit_committer)
         });
 
         let links = applier::Links {
@@ -803,10 +741,15 @@ impl Daemon {
         let started = Instant::now();
         tracing::info!("starting etcd server");
         self.log_addresses();
+        let stop = watch::Sender::new(false);
+        let (failures, mut listener_failed) = mpsc::unbounded_channel();
+        // What is published below needs a leader, and that needs the other members.
+        self.listen(|what| matches!(what, "peer" | "metrics"), &stop, &failures);
         // Handlers are there once a member has started; before, a signal simply ends it.
         let published = tokio::select! {
             published = publish(&self.member, &self.config) => published,
             reason = self.exits.recv() => return self.failed(reason),
+            Some(error) = listener_failed.recv() => return listener_ended(&error),
         };
         if !published {
             return Ended::Failed;
@@ -819,7 +762,7 @@ impl Daemon {
                     return Ended::Failed;
                 }
             };
-        let (mut listener_failed, stop) = self.listen();
+        self.listen(|_| true, &stop, &failures);
         tracing::info!(took = ?started.elapsed(), "ready to serve client requests");
         notify_ready();
         for url in &self.config.listen.client_urls {
@@ -836,10 +779,7 @@ impl Daemon {
             _ = interrupts.recv() => Signal::SIGINT,
             _ = terminations.recv() => Signal::SIGTERM,
             reason = self.exits.recv() => return self.failed(reason),
-            Some(error) = listener_failed.recv() => {
-                crate::fatal!(error = %full(&error), "listener failed");
-                return Ended::Failed;
-            }
+            Some(error) = listener_failed.recv() => return listener_ended(&error),
         };
         tracing::info!(signal = %signal_name(signal), "received signal; shutting down");
         self.stop(&stop).await;
@@ -873,11 +813,14 @@ impl Daemon {
         }
     }
 
-    /// Starts accepting on every listener.
-    fn listen(&mut self) -> (mpsc::UnboundedReceiver<std::io::Error>, watch::Sender<bool>) {
-        let stop = watch::Sender::new(false);
-        let (failures, failed) = mpsc::unbounded_channel();
-        for (what, url, bound, served) in std::mem::take(&mut self.listeners) {
+    /// Starts accepting on the listeners that `wanted` picks by what they serve.
+    fn listen(
+        &mut self,
+        wanted: fn(&str) -> bool,
+        stop: &watch::Sender<bool>,
+        failures: &mpsc::UnboundedSender<std::io::Error>,
+    ) {
+        for (what, url, bound, served) in self.listeners.extract_if(.., |(what, ..)| wanted(what)) {
             let serving = match what {
                 "peer" => "serving peer traffic",
                 "metrics" => "serving metrics",
@@ -898,7 +841,6 @@ impl Daemon {
                 }
             });
         }
-        (failed, stop)
     }
 
     /// Stops in the order of operations 6.5: clients first, the disk last.
@@ -930,6 +872,12 @@ impl Daemon {
             "closed etcd server"
         );
     }
+}
+
+/// A member that does not listen any more must not look as if it did.
+fn listener_ended(error: &std::io::Error) -> Ended {
+    crate::fatal!(error = %full(error), "listener failed");
+    Ended::Failed
 }
 
 /// A URL's address without its scheme, as a listener shows it.
@@ -1001,76 +949,5 @@ fn notify_ready() {
     match send() {
         Ok(()) => tracing::info!("notified systemd: ready"),
         Err(error) => tracing::warn!(%error, "failed to notify systemd for readiness"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::cell::Cell;
-    use std::io;
-
-    use super::*;
-
-    /// A first start that advertises an address and is entered under a name.
-    fn named() -> Config {
-        let mut config = Config::default();
-        let url = |text| Url::parse(text).unwrap();
-        config.member.name = "m".to_string();
-        config.cluster.advertise_peer_urls = vec![url("http://10.0.0.1:2380")];
-        config.cluster.initial =
-            std::iter::once(("m".to_string(), vec![url("http://host:2380")])).collect();
-        config
-    }
-
-    fn check(
-        config: &Config,
-        lookup: impl Fn(u32) -> io::Result<IpAddr>,
-        patience: Duration,
-    ) -> (u32, Result<(), String>) {
-        let asked = Cell::new(0);
-        let count = |_: &str| {
-            asked.set(asked.get() + 1);
-            lookup(asked.get())
-        };
-        let checked = check_first_start(config, &count, patience, Duration::from_millis(1));
-        (asked.get(), checked.map_err(|error| error.to_string()))
-    }
-
-    #[test]
-    fn a_name_that_does_not_resolve_yet_is_asked_for_again() {
-        let late = |n| match n {
-            ..4 => Err(io::Error::other("no such host")),
-            _ => Ok(IpAddr::from([10, 0, 0, 1])),
-        };
-        assert_eq!(check(&named(), late, Duration::from_secs(60)), (4, Ok(())));
-        let (asked, checked) =
-            check(&named(), |_| Err(io::Error::other("no such host")), Duration::from_millis(20));
-        assert!((2..30).contains(&asked), "{asked}");
-        assert_eq!(
-            checked.unwrap_err(),
-            "failed to resolve http://host:2380 to match --initial-cluster=m=http://host:2380 \
-             (no such host)"
-        );
-    }
-
-    #[test]
-    fn what_no_retry_mends_fails_at_once() {
-        let (asked, checked) =
-            check(&named(), |_| Ok(IpAddr::from([10, 0, 0, 2])), Duration::from_secs(60));
-        assert_eq!(asked, 1);
-        assert!(checked.unwrap_err().starts_with("--initial-cluster has m=http://host:2380 but"));
-        let mut config = named();
-        config.member.name = "other".to_string();
-        let (asked, checked) =
-            check(&config, |_| Err(io::Error::other("never asked")), Duration::from_secs(60));
-        assert_eq!(asked, 0);
-        assert!(checked.unwrap_err().starts_with("couldn't find local name \"other\""));
-    }
-
-    #[test]
-    fn addresses_resolve_to_themselves_and_localhost_to_the_loopback() {
-        assert_eq!(resolve("192.0.2.1").unwrap(), IpAddr::from([192, 0, 2, 1]));
-        assert!(resolve("localhost").unwrap().is_loopback());
-        assert!(resolve("does.not.exist.invalid").is_err());
     }
 }

@@ -158,7 +158,7 @@ impl Applier {
     fn apply(&mut self, apply: Apply, ctx: &mut Context<Self>) {
         let Some(last) = apply.entries.last().map(|entry| Index(entry.index)) else { return };
         self.waiters.extend(apply.waiters);
-        let engine = self.links.shared.engine.clone();
+        let engine = self.links.shared.published.load().engine.clone();
         let values = Values::new(&*engine);
         let size = || engine.size().unwrap_or(0);
         let mut effects = Effects::default();
@@ -294,7 +294,9 @@ impl Applier {
         let shared = &self.links.shared;
         let previous = shared.published.load_full();
         let members = effects.members || effects.cluster_version;
-        let published = Published::of(&self.machine, Some((&previous, effects.alarms, members)));
+        let engine = previous.engine.clone();
+        let kept = Some((&*previous, effects.alarms, members));
+        let published = Published::of(&self.machine, engine, kept);
         shared.published.store(Arc::new(published));
     }
 
@@ -386,12 +388,14 @@ impl Applier {
         };
         self.durable_wanted = false;
         self.committing = true;
+        let now = self.links.shared.published.load();
         self.in_flight = InFlight {
             term: self.machine.term(),
-            members: Some(self.links.shared.published.load().members.clone()),
+            members: Some(now.members.clone()),
             checkpoints: std::mem::take(&mut self.checkpoints),
         };
-        self.links.committer.do_send(Commit { batch, index, durability });
+        let engine = now.engine.clone();
+        self.links.committer.do_send(Commit { engine, batch, index, durability });
         // The moved changes stay readable: the next publication shows them as being committed.
     }
 

@@ -215,6 +215,8 @@ pub struct RaftActor {
     options: Options,
     metrics: &'static Metrics,
 
+    /// When the last tick was.
+    ticked: std::time::Instant,
     drive_due: bool,
     work: usize,
     appends: usize,
@@ -261,6 +263,7 @@ impl RaftActor {
             exit: links.exit,
             options,
             metrics: Metrics::global(),
+            ticked: std::time::Instant::now(),
             drive_due: false,
             work: 0,
             appends: 0,
@@ -415,16 +418,19 @@ impl RaftActor {
         if led && !leading {
             self.leases.do_send(LeaderChanged { leading: false, term: self.node.status().term });
         }
+        if leader.0 == 0 {
+            // A round under way may still be answered, or ends with the next leader.
+            return;
+        }
         if let Some(round) = self.round.take() {
             self.node.forget_read(round.context);
             for waiter in round.waiters {
                 answer(waiter, Err(RequestError::LeaderChanged));
             }
         }
-        if leader.0 != 0 {
-            self.proposals.extend(std::mem::take(&mut self.parked));
-            self.propose_all();
-        }
+        self.proposals.extend(std::mem::take(&mut self.parked));
+        self.propose_all();
+        self.propose_changes();
     }
 
     /// Starts a read-index round for everything that waits, unless one is under way: later reads
@@ -486,6 +492,16 @@ impl RaftActor {
     }
 
     fn tick(&mut self, ctx: &mut Context<Self>) {
+        let now = std::time::Instant::now();
+        let since = now - std::mem::replace(&mut self.ticked, now);
+        if since > 2 * self.options.tick && self.node.is_leader() {
+            self.metrics.heartbeat_send_failures.increment(1);
+            tracing::warn!(
+                took = ?since,
+                "heartbeat-interval" = ?self.options.tick,
+                "leader failed to send out heartbeat on time; took too long, leader is overloaded likely from slow disk"
+            );
+        }
         self.node.tick();
         self.shared.raft.ticked.store(self.shared.now().0, Ordering::Release);
         if self.commit_state.is_some() && self.appends == 0 && !self.exit.failed() {

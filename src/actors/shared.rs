@@ -23,9 +23,11 @@ use crate::core::reconfig::{Contact, Leadership, STABLE_AFTER};
 use crate::core::types::{ClusterId, Index, MemberId, Revision, Term, Uptime};
 use quorate_proto::KeyValueBytes;
 
-/// All replicated state after one applied batch of entries.
+/// All replicated state after one applied batch of entries, with the engine that holds the rest of it:
+/// one load gives a pair that belongs together, also while a snapshot of the leader replaces both.
 #[derive(Clone)]
 pub struct Published {
+    pub engine: Arc<dyn Engine>,
     pub store: Snapshot,
     pub leases: LeaseTable,
     pub alarms: Arc<Alarms>,
@@ -36,8 +38,13 @@ pub struct Published {
 }
 
 impl Published {
-    /// What `machine` holds now; alarms and members are taken from `previous` unless they changed.
-    pub fn of(machine: &Machine, previous: Option<(&Published, bool, bool)>) -> Self {
+    /// What `machine` holds now over `engine`; alarms and members are taken from `previous` unless
+    /// they changed.
+    pub fn of(
+        machine: &Machine,
+        engine: Arc<dyn Engine>,
+        previous: Option<(&Published, bool, bool)>,
+    ) -> Self {
         let (alarms, members) = match previous {
             Some((previous, alarms_changed, members_changed)) => (
                 (!alarms_changed).then(|| previous.alarms.clone()),
@@ -46,6 +53,7 @@ impl Published {
             None => (None, None),
         };
         Published {
+            engine,
             store: machine.store.now().clone(),
             leases: machine.leases.clone(),
             alarms: alarms.unwrap_or_else(|| Arc::new(machine.alarms.clone())),
@@ -84,7 +92,6 @@ struct LeaderTimes {
 pub struct Shared {
     pub cluster_id: ClusterId,
     pub member_id: MemberId,
-    pub engine: Arc<dyn Engine>,
     pub published: ArcSwap<Published>,
     pub raft: RaftView,
     /// Members that the peer network can reach.
@@ -99,12 +106,7 @@ pub struct Shared {
 
 impl Shared {
     /// The state of a member that has just read its data directory.
-    pub fn new(
-        cluster_id: ClusterId,
-        member_id: MemberId,
-        engine: Arc<dyn Engine>,
-        published: Published,
-    ) -> Self {
+    pub fn new(cluster_id: ClusterId, member_id: MemberId, published: Published) -> Self {
         let unix_ms = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |since| since.as_millis() as u64);
@@ -113,7 +115,6 @@ impl Shared {
         Shared {
             cluster_id,
             member_id,
-            engine,
             published: ArcSwap::from_pointee(published),
             raft: RaftView::default(),
             reachable: Liveness::default(),
@@ -209,7 +210,7 @@ impl Shared {
     ) -> Result<T, ReadError> {
         loop {
             let now = self.published.load();
-            match read(&now, &Values::new(&*self.engine)) {
+            match read(&now, &Values::new(&*now.engine)) {
                 // The snapshot was older than a compaction; a newer one says so, or has the answer.
                 Err(ReadError::Superseded(_))
                     if self.published.load().store.compact_revision()
@@ -271,7 +272,7 @@ impl History for SharedHistory<'_> {
         visit: &mut dyn FnMut(Event) -> bool,
     ) -> Result<(), HistoryError> {
         use std::ops::ControlFlow;
-        let view = self.shared.engine.view()?;
+        let view = self.now.engine.view()?;
         // Deletions that the view shows belong to a compaction that was published before them, so a
         // look at the newest state tells whether this range is still whole.
         let compacted = self.shared.published.load().store.compact_revision();
@@ -307,7 +308,7 @@ impl History for SharedHistory<'_> {
             return Ok(None);
         }
         let Some(found) = store.find(key, at) else { return Ok(None) };
-        match store.value(&Values::new(&*self.shared.engine), found.modified) {
+        match store.value(&Values::new(&*self.now.engine), found.modified) {
             Ok(value) => Ok(Some(value)),
             Err(ReadError::Superseded(_)) => Ok(None),
             Err(error) => Err(storage(error)),
@@ -345,15 +346,15 @@ pub(crate) mod tests {
 
     impl Bench {
         pub fn new() -> Bench {
-            let engine = Arc::new(Memory::new());
+            let engine: Arc<dyn Engine> = Arc::new(Memory::new());
             let members = Membership::new(ClusterId(1), MemberId(1), 1);
             let version = Version::parse("3.7.0").expect("a version");
             let view = engine.view().expect("memory does not fail");
             let restored = Machine::restore(&*view, members, 1, version);
             let machine = restored.expect("an empty engine is a state").machine;
             drop(view);
-            let published = Published::of(&machine, None);
-            let shared = Arc::new(Shared::new(ClusterId(1), MemberId(1), engine, published));
+            let published = Published::of(&machine, engine, None);
+            let shared = Arc::new(Shared::new(ClusterId(1), MemberId(1), published));
             Bench { shared, machine, next: 1 }
         }
 
@@ -367,12 +368,14 @@ pub(crate) mod tests {
                 ..Default::default()
             };
             self.next += 1;
-            let engine = self.shared.engine.clone();
+            let engine = self.shared.published.load().engine.clone();
             let (values, mut effects) = (Values::new(&*engine), Effects::default());
             self.machine
                 .apply(&values, &entry, |_| true, Quota(None), || 0, &mut effects)
                 .expect("a put is applied");
-            self.shared.published.store(Arc::new(Published::of(&self.machine, None)));
+            drop(values);
+            let published = Published::of(&self.machine, engine, None);
+            self.shared.published.store(Arc::new(published));
             effects.events
         }
 

@@ -270,7 +270,7 @@ impl Member {
     /// Any [`RequestError`].
     pub async fn check_quota(self: &Arc<Self>, request: &Request) -> Result<(), RequestError> {
         let cost = quota::cost(request);
-        let size = self.shared.engine.size().unwrap_or(0);
+        let size = self.shared.published.load().engine.size().unwrap_or(0);
         if !self.limits.quota.exceeded(size, cost) {
             return Ok(());
         }
@@ -386,9 +386,8 @@ mod tests {
     fn silent(request_timeout: Duration) -> Silent {
         let members = Membership::new(ClusterId(1), MemberId(1), 1);
         let machine = Machine::new(members, 2, Version::parse("3.7.1").unwrap());
-        let published = Published::of(&machine, None);
-        let shared =
-            Arc::new(Shared::new(ClusterId(1), MemberId(1), Arc::new(Memory::new()), published));
+        let published = Published::of(&machine, Arc::new(Memory::new()), None);
+        let shared = Arc::new(Shared::new(ClusterId(1), MemberId(1), published));
         let raft = Seat::new(16);
         let seats = (Seat::new(16), Seat::new(16), Seat::new(16), Seat::new(16));
         let member = Arc::new(Member {

@@ -78,13 +78,13 @@ impl Maintenance {
         Ok(pb::StatusResponse {
             header: self.member.header_at(now.store.revision(), now.term.0),
             version: crate::cli::ETCD_VERSION.to_string(),
-            db_size: shared.engine.size().map_err(storage_error)? as i64,
+            db_size: now.engine.size().map_err(storage_error)? as i64,
             leader: leader.map_or(0, |id| id.0),
             raft_index: shared.raft.committed.load(Ordering::Acquire),
             raft_term: now.term.0,
             raft_applied_index: now.applied.0,
             errors,
-            db_size_in_use: shared.engine.size_in_use().map_err(storage_error)? as i64,
+            db_size_in_use: now.engine.size_in_use().map_err(storage_error)? as i64,
             is_learner: now.members.is_learner(),
             storage_version: now.members.cluster_version.map_or(String::new(), |v| v.to_string()),
             db_size_quota: self.member.limits.quota_reported,
@@ -111,7 +111,7 @@ impl Maintenance {
             member.metrics.defrag_inflight.set(1.0);
             let started = Instant::now();
             tracing::info!("starting defragment");
-            let result = member.shared.engine.reclaim();
+            let result = member.shared.published.load_full().engine.reclaim();
             let took = started.elapsed();
             member.metrics.backend_defrag_seconds.record(took);
             member.metrics.defrag_inflight.set(0.0);
@@ -141,7 +141,8 @@ impl Maintenance {
         self.blocking(|member| {
             let started = Instant::now();
             let storage_error = |error: engine_api::EngineError| Status::unknown(error.to_string());
-            let view = member.shared.engine.view().map_err(storage_error)?;
+            let now = member.shared.published.load_full();
+            let view = now.engine.view().map_err(storage_error)?;
             let hash = hash_all(&*view).map_err(storage_error)?;
             member.metrics.hash_seconds.record(started.elapsed());
             Ok(pb::HashResponse { header: member.current_header(), hash })
@@ -290,7 +291,8 @@ fn failed(table: Table, error: engine_api::EngineError) -> WriteError {
 
 /// Writes everything that the engine holds as a bbolt file with its digest.
 fn gather(member: &Member, file: &mut File) -> Result<(), WriteError> {
-    let view = member.shared.engine.view().map_err(|error| failed(Table::Key, error))?;
+    let now = member.shared.published.load_full();
+    let view = now.engine.view().map_err(|error| failed(Table::Key, error))?;
     let buckets = Table::ALL.map(|table| Bucket { view: &*view, table });
     let sources = buckets.each_ref().map(|bucket| bucket as &dyn BucketSource);
     let mut out = DigestWriter::new(BufWriter::with_capacity(1 << 20, file));
