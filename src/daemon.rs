@@ -21,7 +21,7 @@ use crate::actors::disk::{OsDisk, SharedDisk};
 use crate::actors::exit::{Exit, Reason, full};
 use crate::actors::lease::LeaseManager;
 use crate::actors::monitor::Monitor;
-use crate::actors::raft::{self, RaftActor};
+use crate::actors::raft::{self, Abandon, RaftActor};
 use crate::actors::shared::{Published, Shared};
 use crate::actors::snapshot::{self, Snapshotter};
 use crate::actors::spawn::{Seat, arbiter};
@@ -62,6 +62,8 @@ const TRANSPORT_THREADS_MAX: usize = 8;
 enum StartError {
     #[error("{0}")]
     Refused(String),
+    #[error("the member has been permanently removed from the cluster")]
+    Removed,
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
@@ -99,6 +101,10 @@ pub fn run(config: Config, _logging: Logging) -> ExitCode {
     let ended = system.block_on(async {
         match start(&config).await {
             Ok(daemon) => daemon.serve().await,
+            Err(StartError::Removed) => {
+                log_removed(&config);
+                Ended::Removed
+            }
             Err(error) => {
                 // etcd says this whatever kept it from starting; scripts look for it.
                 crate::fatal!(error = %full(&error), "discovery failed");
@@ -132,6 +138,9 @@ fn end_on_panic() {
         std::process::abort();
     }));
 }
+
+/// How long a member that is refused by its own raft waits to hear why.
+const STOP_REASON: Duration = Duration::from_secs(2);
 
 /// How the member ended.
 enum Ended {
@@ -415,6 +424,9 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     };
     let snapshots = SnapDir::open(disk.clone(), &config.member.snap_dir())?;
     let found = read_directory(config, &disk, birth.as_ref())?;
+    if found.machine.members.removed().any(|id| id == found.member_id) {
+        return Err(StartError::Removed);
+    }
     let threshold = config.storage.bootstrap_defrag_threshold_mib << 20;
     if threshold > 0 {
         let free = found.engine.size()?.saturating_sub(found.engine.size_in_use()?);
@@ -752,7 +764,9 @@ impl Daemon {
             Some(error) = listener_failed.recv() => return listener_ended(&error),
         };
         if !published {
-            return Ended::Failed;
+            // Why, is told in a moment: a member that was removed goes on for a second.
+            let reason = tokio::time::timeout(STOP_REASON, self.exits.recv()).await;
+            return self.failed(reason.ok().flatten());
         }
         let (mut interrupts, mut terminations) =
             match (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) {
@@ -775,15 +789,22 @@ impl Daemon {
         // Nothing asks a monitor anything: it lives as long as the thread does.
         Monitor::new(self.member.shared.clone(), self.member.raft.clone(), server_version())
             .start();
-        let signal = tokio::select! {
-            _ = interrupts.recv() => Signal::SIGINT,
-            _ = terminations.recv() => Signal::SIGTERM,
-            reason = self.exits.recv() => return self.failed(reason),
+        let ended = tokio::select! {
+            _ = interrupts.recv() => Ended::Signal(Signal::SIGINT),
+            _ = terminations.recv() => Ended::Signal(Signal::SIGTERM),
+            reason = self.exits.recv() => self.failed(reason),
             Some(error) = listener_failed.recv() => return listener_ended(&error),
         };
-        tracing::info!(signal = %signal_name(signal), "received signal; shutting down");
+        match ended {
+            Ended::Failed => return ended,
+            // Nobody else will answer those who wait.
+            Ended::Removed => self.member.raft.do_send(Abandon),
+            Ended::Signal(signal) => {
+                tracing::info!(signal = %signal_name(signal), "received signal; shutting down");
+            }
+        }
         self.stop(&stop).await;
-        Ended::Signal(signal)
+        ended
     }
 
     /// The line that says where everything is; the sockets are bound.
@@ -804,7 +825,10 @@ impl Daemon {
     /// The member has stopped itself. What is acknowledged is in the log; nothing more is written.
     fn failed(&self, reason: Option<Reason>) -> Ended {
         match reason {
-            Some(Reason::Removed) => Ended::Removed,
+            Some(Reason::Removed) => {
+                log_removed(&self.config);
+                Ended::Removed
+            }
             Some(Reason::Failed { part, error }) => {
                 crate::fatal!(part, error, "member stopped");
                 Ended::Failed
@@ -851,6 +875,7 @@ impl Daemon {
         while self.workers.connections() > 0 && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        self.member.hand_over().await;
         let (reply, durable) = oneshot::channel();
         self.member.applier.do_send(Checkpoint(reply));
         let checkpoint = tokio::time::timeout(self.config.raft.request_timeout(), durable).await;
@@ -875,6 +900,18 @@ impl Daemon {
 }
 
 /// A member that does not listen any more must not look as if it did.
+/// What etcd says when its member has been removed, and why it stops.
+fn log_removed(config: &Config) {
+    tracing::warn!(
+        error = "the member has been permanently removed from the cluster",
+        "server error"
+    );
+    tracing::warn!(
+        "data-dir" = %config.member.data_dir.display(),
+        "data-dir used by this member must be removed"
+    );
+}
+
 fn listener_ended(error: &std::io::Error) -> Ended {
     crate::fatal!(error = %full(error), "listener failed");
     Ended::Failed

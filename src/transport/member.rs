@@ -17,7 +17,7 @@ use crate::actors::compactor::Compactor;
 use crate::actors::exit::Exit;
 use crate::actors::lease::{LeaseManager, Renewals, Renewed};
 use crate::actors::raft::{
-    Answered, AwaitApplied, ChangeConf, Proposal, RaftActor, RequestError, Requests,
+    Answered, AwaitApplied, ChangeConf, Proposal, RaftActor, RequestError, Requests, TransferLeader,
 };
 use crate::actors::shared::{Published, Shared};
 use crate::actors::watch::WatchHub;
@@ -255,6 +255,64 @@ impl Member {
         tokio::time::timeout(APPLIED_WAIT, waiting).await.unwrap_or(Err(RequestError::NotApplied))
     }
 
+    /// Hands leadership to voter `to` and waits, as long as the caller does, until it leads.
+    ///
+    /// # Errors
+    /// `Stopped`.
+    pub async fn transfer_leader(&self, to: MemberId) -> Result<(), RequestError> {
+        let started = std::time::Instant::now();
+        let local = self.shared.member_id;
+        tracing::info!(
+            "local-member-id" = %local,
+            "current-leader-member-id" = %self.shared.leader().unwrap_or_default(),
+            "transferee-member-id" = %to,
+            "leadership transfer starting"
+        );
+        self.raft.send(TransferLeader(to)).await.map_err(|_| RequestError::Stopped)?;
+        self.shared.leader_that(|leader| leader == to).await;
+        tracing::info!(
+            "local-member-id" = %local,
+            "old-leader-member-id" = %local,
+            "new-leader-member-id" = %to,
+            took = %crate::config::duration::GoDuration::from(started.elapsed()),
+            "leadership transfer finished"
+        );
+        Ok(())
+    }
+
+    /// Hands leadership to another member before this one stops, if it leads and any other can.
+    pub async fn hand_over(&self) {
+        let (shared, local) = (&self.shared, self.shared.member_id);
+        if !shared.raft.leading.load(Ordering::Acquire) {
+            return tracing::info!(
+                "local-member-id" = %local,
+                "skipped leadership transfer; local server is not leader"
+            );
+        }
+        let members = self.now().members.clone();
+        if members.conf_state().voters == [local.0] {
+            return tracing::info!(
+                "local-member-id" = %local,
+                "skipped leadership transfer for single voting member cluster"
+            );
+        }
+        let deadline = tokio::time::Instant::now() + self.limits.request_timeout;
+        // Raft gives a transfer up after an election timeout; then the next one may be better.
+        for to in reconfig::transferees(&members, |id| shared.reachable.since(id)) {
+            let until = deadline.min(tokio::time::Instant::now() + self.limits.election);
+            tokio::select! {
+                moved = self.transfer_leader(to) => match moved {
+                    Ok(()) => return,
+                    Err(_) => break,
+                },
+                // Another one was faster.
+                _ = shared.leader_that(|leader| leader != local && leader != to) => return,
+                () = tokio::time::sleep_until(until) => {}
+            }
+        }
+        tracing::warn!("local-member-id" = %local, "leadership transfer failed");
+    }
+
     /// Whether this member leads: one whose raft has not ticked for a while asks the others.
     pub async fn leads(self: &Arc<Self>) -> bool {
         let leading = || self.shared.raft.leading.load(Ordering::Acquire);
@@ -367,7 +425,7 @@ impl Member {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use engine_memory::Memory;
 
     use super::*;
@@ -377,26 +435,34 @@ mod tests {
     use crate::core::types::ClusterId;
 
     /// A member whose actors never run, so that nothing sent to them is answered.
-    struct Silent {
-        member: Arc<Member>,
-        raft: Seat<RaftActor>,
-        _seats: (Seat<Applier>, Seat<LeaseManager>, Seat<WatchHub>, Seat<Compactor>),
+    pub struct Silent {
+        pub member: Arc<Member>,
+        pub raft: Seat<RaftActor>,
+        pub leases: Seat<LeaseManager>,
+        _seats: (Seat<Applier>, Seat<WatchHub>, Seat<Compactor>),
     }
 
     fn silent(request_timeout: Duration) -> Silent {
         let members = Membership::new(ClusterId(1), MemberId(1), 1);
         let machine = Machine::new(members, 2, Version::parse("3.7.1").unwrap());
-        let published = Published::of(&machine, Arc::new(Memory::new()), None);
-        let shared = Arc::new(Shared::new(ClusterId(1), MemberId(1), published));
+        silent_over(&machine, request_timeout)
+    }
+
+    /// A silent member whose state is that of `machine`.
+    pub fn silent_over(machine: &Machine, request_timeout: Duration) -> Silent {
+        let published = Published::of(machine, Arc::new(Memory::new()), None);
+        let local = machine.members.local;
+        let shared = Arc::new(Shared::new(machine.members.cluster_id, local, published));
         let raft = Seat::new(16);
-        let seats = (Seat::new(16), Seat::new(16), Seat::new(16), Seat::new(16));
+        let leases = Seat::new(16);
+        let seats = (Seat::new(16), Seat::new(16), Seat::new(16));
         let member = Arc::new(Member {
             shared,
             raft: raft.addr(),
             applier: seats.0.addr(),
-            leases: seats.1.addr(),
-            watch: seats.2.addr(),
-            compactor: seats.3.addr(),
+            leases: leases.addr(),
+            watch: seats.1.addr(),
+            compactor: seats.2.addr(),
             exit: Exit::new().0,
             limits: Limits {
                 request_bytes_max: 1000,
@@ -404,8 +470,8 @@ mod tests {
                 quota: Quota(None),
                 quota_reported: -1,
                 request_timeout,
-                election: Duration::from_secs(1),
-                heartbeat: Duration::from_millis(100),
+                election: Duration::from_millis(50),
+                heartbeat: Duration::from_secs(60),
                 strict_reconfig: true,
                 fast_keep_alive: true,
                 warning_unary: Duration::from_secs(1),
@@ -415,7 +481,7 @@ mod tests {
             stopping: watch::Sender::new(false),
             next_stream: AtomicU64::new(1),
         });
-        Silent { member, raft, _seats: seats }
+        Silent { member, raft, leases, _seats: seats }
     }
 
     fn put(bytes: usize) -> Request {

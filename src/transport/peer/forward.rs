@@ -552,3 +552,223 @@ async fn promote_member(
     response.headers_mut().insert("X-Etcd-Cluster-ID", cluster.expect("hex is a header value"));
     response
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use actix::Arbiter;
+    use tokio::net::{TcpListener, TcpStream};
+
+    use super::*;
+    use crate::actors::lease::{LeaseManager, Promoted};
+    use crate::core::apply::Machine;
+    use crate::core::lease::LessorOptions;
+    use crate::core::membership::{Membership, Version};
+    use crate::core::types::{ClusterId, Term};
+    use crate::transport::member::tests::{Silent, silent_over};
+
+    const LEASE: LeaseId = LeaseId(7);
+    const PATIENCE: Duration = Duration::from_secs(30);
+
+    /// A port whose connections are counted.
+    struct Counting(TcpListener, Arc<AtomicUsize>);
+
+    impl axum::serve::Listener for Counting {
+        type Io = TcpStream;
+        type Addr = std::net::SocketAddr;
+
+        async fn accept(&mut self) -> (Self::Io, Self::Addr) {
+            let accepted = self.0.accept().await.expect("a listener on the loopback accepts");
+            self.1.fetch_add(1, Ordering::Relaxed);
+            accepted
+        }
+
+        fn local_addr(&self) -> std::io::Result<Self::Addr> {
+            self.0.local_addr()
+        }
+    }
+
+    async fn port() -> (TcpListener, String) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap());
+        (listener, url)
+    }
+
+    /// Member `id` of those at `urls`, by ID from 1 on. It knows lease 7 of 60 s, with a key.
+    fn member(id: u64, urls: &[&str], timeout: Duration) -> Silent {
+        let mut members = Membership::new(ClusterId(1), MemberId(id), 1);
+        let records = urls.iter().zip(1..).map(|(url, id)| Record {
+            id,
+            peer_urls: vec![url.to_string()],
+            ..Record::default()
+        });
+        members.restore(records.collect::<Vec<_>>(), []);
+        let mut machine = Machine::new(members, 2, Version::parse("3.7.1").unwrap());
+        machine.leases.grant(LEASE, 60).unwrap();
+        machine.leases.attach(b"key", LEASE).unwrap();
+        silent_over(&machine, timeout)
+    }
+
+    /// Makes a silent member lead, with its leases, and serve on `listener`.
+    fn lead(silent: Silent, listener: TcpListener) -> Arc<AtomicUsize> {
+        let Silent { member, raft, leases, .. } = silent;
+        let shared = member.shared.clone();
+        shared.set_leader(shared.member_id);
+        shared.raft.term.store(1, Ordering::Release);
+        let manager = leases.addr();
+        leases.start_in(&Arbiter::current(), move || {
+            let options = LessorOptions::default();
+            LeaseManager::new(shared, raft.addr(), options, Duration::from_millis(10))
+        });
+        manager.do_send(Promoted(Term(1)));
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let serving = axum::serve(Counting(listener, accepted.clone()), router(member));
+        tokio::spawn(serving.into_future());
+        accepted
+    }
+
+    fn asks(id: i64, keys: bool) -> pb::LeaseTimeToLiveRequest {
+        pb::LeaseTimeToLiveRequest { id, keys }
+    }
+
+    #[test]
+    fn a_follower_asks_the_leader_over_one_connection() {
+        actix::System::new().block_on(async {
+            let (listener, url) = port().await;
+            let urls = [url.as_str(), "http://127.0.0.1:1"];
+            let accepted = lead(member(1, &urls, PATIENCE), listener);
+            let follower = member(2, &urls, PATIENCE).member;
+            follower.shared.set_leader(MemberId(1));
+            for _ in 0..20 {
+                assert_eq!(follower.keep_alive(LEASE).await.unwrap(), 60);
+            }
+            assert_eq!(follower.keep_alive(LeaseId(8)).await.unwrap(), 0);
+            let left = follower.time_to_live(asks(7, true)).await.unwrap().unwrap();
+            assert_eq!((left.id, left.granted_ttl, left.keys), (7, 60, vec!["key".into()]));
+            assert!((58..=60).contains(&left.ttl), "{}", left.ttl);
+            let left = follower.time_to_live(asks(7, false)).await.unwrap().unwrap();
+            assert_eq!(left.keys, [""; 0]);
+            assert_eq!(follower.time_to_live(asks(8, false)).await.unwrap(), None);
+            assert_eq!(accepted.load(Ordering::Relaxed), 1);
+        });
+    }
+
+    #[test]
+    fn a_leader_that_hangs_is_left_for_the_next_one() {
+        actix::System::new().block_on(async {
+            // This one accepts, by its backlog, and never answers.
+            let (_hung, hung) = port().await;
+            let (listener, url) = port().await;
+            let urls = [hung.as_str(), url.as_str(), "http://127.0.0.1:1"];
+            lead(member(2, &urls, PATIENCE), listener);
+            let follower = member(3, &urls, PATIENCE).member;
+            follower.shared.set_leader(MemberId(1));
+            let renewing = tokio::spawn({
+                let follower = follower.clone();
+                async move { follower.keep_alive(LEASE).await }
+            });
+            tokio::task::yield_now().await;
+            follower.shared.set_leader(MemberId(0));
+            follower.shared.set_leader(MemberId(2));
+            let started = Instant::now();
+            assert_eq!(renewing.await.unwrap().unwrap(), 60);
+            assert!(started.elapsed() < PATIENCE / 2);
+        });
+    }
+
+    #[test]
+    fn without_an_answer_the_client_is_told_why() {
+        actix::System::new().block_on(async {
+            let timeout = Duration::from_millis(200);
+            let (_hung, hung) = port().await;
+            let urls = [hung.as_str(), "http://127.0.0.1:1"];
+            let follower = member(2, &urls, timeout).member;
+            let message = |status: tonic::Status| status.message().to_string();
+            let id = MemberId(9);
+            let none = follower.keep_alive(LEASE).await.map_err(message);
+            assert_eq!(none.unwrap_err(), status::no_leader().message());
+            let none = follower.time_to_live(asks(7, false)).await.map_err(message);
+            assert_eq!(none.unwrap_err(), status::no_leader().message());
+            assert!(matches!(promote(&follower, id).await, Err(ChangeError::NoLeader)));
+            follower.shared.set_leader(MemberId(1));
+            let none = follower.keep_alive(LEASE).await.map_err(message);
+            assert_eq!(none.unwrap_err(), status::timeout().message());
+            let asked = promote(&follower, id).await;
+            assert!(matches!(asked, Err(ChangeError::Request(RequestError::TimedOut))));
+        });
+    }
+
+    async fn said(url: &str, method: Method, path: &str, body: Vec<u8>) -> (u16, String) {
+        let request = Request::builder().method(method).uri(path);
+        let request = request.body(Full::from(body)).unwrap();
+        let dialer = Dialer { timeout: PATIENCE };
+        let url = Url::parse(url).unwrap();
+        let answer = client::call(&dialer, &url, request, PATIENCE).await.unwrap();
+        let text = String::from_utf8_lossy(answer.body()).into_owned();
+        (answer.status().as_u16(), text)
+    }
+
+    #[test]
+    fn refusals_are_those_of_the_protocol() {
+        actix::System::new().block_on(async {
+            let (listener, url) = port().await;
+            let silent = member(1, &[&url], PATIENCE);
+            let shared = silent.member.shared.clone();
+            lead(silent, listener);
+            let renew = |id| pb::LeaseKeepAliveRequest { id }.encode_to_vec();
+            let internal = |request| {
+                leasepb::LeaseInternalRequest { lease_time_to_live_request: request }
+                    .encode_to_vec()
+            };
+            let post = Method::POST;
+            let about = internal(Some(asks(8, false)));
+            for (method, path, body, code, text) in [
+                (Method::GET, "/leases", vec![], 405, "Method Not Allowed"),
+                (Method::PUT, "/leases/internal", vec![], 405, "Method Not Allowed"),
+                (Method::GET, "/members/promote/1", vec![], 405, "Method Not Allowed"),
+                (post.clone(), "/leases", vec![0xff], 400, "error unmarshalling request"),
+                (post.clone(), "/leases/internal", vec![], 400, "error unmarshalling request"),
+                (post.clone(), "/leases", vec![0; 65537], 413, "request body is too large"),
+                (post.clone(), "/leases", renew(8), 404, LEASE_NOT_FOUND),
+                (post.clone(), "/leases/internal", about.clone(), 404, LEASE_NOT_FOUND),
+                (post.clone(), "/members/promote/x", vec![], 404, "member x not found in cluster"),
+            ] {
+                let answer = said(&url, method.clone(), path, body).await;
+                assert_eq!(answer, (code, format!("{text}\n")), "{method} {path}");
+            }
+            // A leader that lags, and one that leads no more.
+            shared.raft.committed.store(1, Ordering::Release);
+            let (code, _) = said(&url, post.clone(), "/leases/internal", about.clone()).await;
+            assert_eq!(code, 408);
+            let (code, text) = said(&url, post.clone(), "/leases", renew(7)).await;
+            assert_eq!(code, 200, "a known lease does not wait: {text}");
+            shared.set_leader(MemberId(2));
+            let not_primary = format!("{NOT_PRIMARY}\n");
+            let answer = said(&url, post.clone(), "/leases", renew(7)).await;
+            assert_eq!(answer, (400, not_primary.clone()));
+            let answer = said(&url, post.clone(), "/leases/internal", about).await;
+            assert_eq!(answer, (500, not_primary));
+        });
+    }
+
+    #[test]
+    fn answers_to_promotions_are_understood() {
+        let url = Url::parse("http://127.0.0.1:1").unwrap();
+        let said = |status: u16, body: &'static str| {
+            let answer =
+                http::Response::builder().status(status).body(Bytes::from_static(body.as_bytes()));
+            promotion(&url, Ok(answer.unwrap()))
+        };
+        let members = said(200, r#"[{"id":5,"peerURLs":["http://h:1"],"name":"m"}]"#);
+        assert_eq!(members.unwrap().unwrap()[0].id, 5);
+        assert!(matches!(said(404, "membership: ID not found"), Some(Err(ChangeError::NotFound))));
+        let ready = "etcdserver: can only promote a learner member which is in sync with leader\n";
+        assert!(matches!(said(412, ready), Some(Err(ChangeError::NotReady))));
+        let learner = "membership: can only promote a learner member\n";
+        assert!(matches!(said(412, learner), Some(Err(ChangeError::NotLearner))));
+        for (status, body) in [(200, "{"), (412, "something else"), (500, "{}"), (408, "")] {
+            assert!(said(status, body).is_none(), "{status}");
+        }
+    }
+}
