@@ -22,7 +22,7 @@ use crate::actors::exit::{Exit, Reason, full};
 use crate::actors::lease::LeaseManager;
 use crate::actors::monitor::Monitor;
 use crate::actors::peers;
-use crate::actors::raft::{self, AdvanceTicks, RaftActor, RequestError};
+use crate::actors::raft::{self, Abandon, AdvanceTicks, RaftActor, RequestError};
 use crate::actors::shared::{Published, Shared};
 use crate::actors::snapshot::{self, Snapshotter};
 use crate::actors::spawn::{Seat, arbiter};
@@ -74,6 +74,8 @@ const TRANSPORT_THREADS_MAX: usize = 8;
 enum StartError {
     #[error("{0}")]
     Refused(String),
+    #[error("the member has been permanently removed from the cluster")]
+    Removed,
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
@@ -111,6 +113,10 @@ pub fn run(config: Config, _logging: Logging) -> ExitCode {
     let ended = system.block_on(async {
         match start(&config).await {
             Ok(daemon) => daemon.serve().await,
+            Err(StartError::Removed) => {
+                log_removed(&config);
+                Ended::Removed
+            }
             Err(error) => {
                 // etcd says this whatever kept it from starting; scripts look for it.
                 crate::fatal!(error = %full(&error), "discovery failed");
@@ -145,6 +151,9 @@ fn end_on_panic() {
     }));
 }
 
+/// How long a member that is refused by its own raft waits to hear why.
+const STOP_REASON: Duration = Duration::from_secs(2);
+
 /// How the member ended.
 enum Ended {
     Failed,
@@ -162,6 +171,8 @@ struct Found {
     machine: Machine,
     unfinished: Option<i64>,
     persistent: bool,
+    /// Members that the log does not tell of yet.
+    remotes: Vec<(MemberId, Vec<Url>)>,
 }
 
 /// A started member.
@@ -353,7 +364,18 @@ fn read_directory(
     let cluster_id = ClusterId(recovered.metadata.cluster_id());
     machine.members.local = member_id;
     machine.members.cluster_id = cluster_id;
-    Ok(Found { member_id, cluster_id, engine, log, recovered, machine, unfinished, persistent })
+    let remotes = birth.map_or_else(Vec::new, |birth| birth.remotes.clone());
+    Ok(Found {
+        member_id,
+        cluster_id,
+        engine,
+        log,
+        recovered,
+        machine,
+        unfinished,
+        persistent,
+        remotes,
+    })
 }
 
 /// Builds the raft node that goes on where the directory ends.
@@ -432,6 +454,9 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
             &found.machine.members,
             applied,
         )?;
+    }
+    if found.machine.members.removed().any(|id| id == found.member_id) {
+        return Err(StartError::Removed);
     }
     let threshold = config.storage.bootstrap_defrag_threshold_mib << 20;
     if threshold > 0 {
@@ -597,6 +622,9 @@ impl Running {
                 quota_reported: config.storage.quota_bytes.map_or(-1, |bytes| bytes as i64),
                 request_timeout: config.raft.request_timeout(),
                 election,
+                heartbeat: Duration::from_millis(config.raft.heartbeat_ms),
+                strict_reconfig: config.cluster.strict_reconfig_check,
+                fast_keep_alive: config.gates.enabled(Gate::FastLeaseKeepAlive),
                 warning_unary: config.observe.warning_unary_request_duration,
                 warning_apply: config.observe.warning_apply_duration,
             },
@@ -667,7 +695,8 @@ impl Running {
             peers: network_seat.addr().recipient(),
             exit: exit.clone(),
         };
-        network_seat.start_in(peers_thread, move || Network::new(net, Vec::new()));
+        let remotes = found.remotes;
+        network_seat.start_in(peers_thread, move || Network::new(net, remotes));
         let applier_options = applier::Options {
             batch_interval: config.storage.batch_interval,
             batch_limit: config.storage.batch_limit as usize,
@@ -813,7 +842,9 @@ impl Daemon {
             Some(error) = listener_failed.recv() => return listener_ended(&error),
         };
         if !published {
-            return Ended::Failed;
+            // Why, is told in a moment: a member that was removed goes on for a second.
+            let reason = tokio::time::timeout(STOP_REASON, self.exits.recv()).await;
+            return self.failed(reason.ok().flatten());
         }
         let (mut interrupts, mut terminations) =
             match (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) {
@@ -836,15 +867,22 @@ impl Daemon {
         // Nothing asks a monitor anything: it lives as long as the thread does.
         Monitor::new(self.member.shared.clone(), self.member.raft.clone(), server_version())
             .start();
-        let signal = tokio::select! {
-            _ = interrupts.recv() => Signal::SIGINT,
-            _ = terminations.recv() => Signal::SIGTERM,
-            reason = self.exits.recv() => return self.failed(reason),
+        let ended = tokio::select! {
+            _ = interrupts.recv() => Ended::Signal(Signal::SIGINT),
+            _ = terminations.recv() => Ended::Signal(Signal::SIGTERM),
+            reason = self.exits.recv() => self.failed(reason),
             Some(error) = listener_failed.recv() => return listener_ended(&error),
         };
-        tracing::info!(signal = %signal_name(signal), "received signal; shutting down");
+        match ended {
+            Ended::Failed => return ended,
+            // Nobody else will answer those who wait.
+            Ended::Removed => self.member.raft.do_send(Abandon),
+            Ended::Signal(signal) => {
+                tracing::info!(signal = %signal_name(signal), "received signal; shutting down");
+            }
+        }
         self.stop(&stop, &peers_stop).await;
-        Ended::Signal(signal)
+        ended
     }
 
     /// The line that says where everything is; the sockets are bound.
@@ -865,7 +903,10 @@ impl Daemon {
     /// The member has stopped itself. What is acknowledged is in the log; nothing more is written.
     fn failed(&self, reason: Option<Reason>) -> Ended {
         match reason {
-            Some(Reason::Removed) => Ended::Removed,
+            Some(Reason::Removed) => {
+                log_removed(&self.config);
+                Ended::Removed
+            }
             Some(Reason::Failed { part, error }) => {
                 crate::fatal!(part, error, "member stopped");
                 Ended::Failed
@@ -908,6 +949,7 @@ impl Daemon {
         while self.workers.connections() > 0 && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        self.member.hand_over().await;
         let (reply, durable) = oneshot::channel();
         self.member.applier.do_send(Checkpoint(reply));
         let checkpoint = tokio::time::timeout(self.config.raft.request_timeout(), durable).await;
@@ -933,6 +975,18 @@ impl Daemon {
 }
 
 /// A member that does not listen any more must not look as if it did.
+/// What etcd says when its member has been removed, and why it stops.
+fn log_removed(config: &Config) {
+    tracing::warn!(
+        error = "the member has been permanently removed from the cluster",
+        "server error"
+    );
+    tracing::warn!(
+        "data-dir" = %config.member.data_dir.display(),
+        "data-dir used by this member must be removed"
+    );
+}
+
 fn listener_ended(error: &std::io::Error) -> Ended {
     crate::fatal!(error = %full(error), "listener failed");
     Ended::Failed

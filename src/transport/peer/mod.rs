@@ -5,6 +5,7 @@
 
 pub mod client;
 pub mod codec;
+pub mod forward;
 pub mod network;
 pub mod peer;
 pub mod pipeline;
@@ -31,7 +32,8 @@ pub fn router(member: Arc<Member>, door: Arc<Door>) -> Router {
         .route("/members", any(members))
         .route("/raft/probing", any(probing))
         .fallback(not_found)
-        .with_state(member)
+        .with_state(member.clone())
+        .merge(forward::router(member))
         .merge(server::router(door))
 }
 
