@@ -4,6 +4,9 @@
 
 #[path = "../linearizability/check/mod.rs"]
 mod check;
+mod crash;
+mod links;
 #[path = "../linearizability/record.rs"]
 mod record;
 mod rig;
+mod scenario;
