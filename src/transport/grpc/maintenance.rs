@@ -17,6 +17,7 @@ use quorate_proto::etcdserverpb::downgrade_request::DowngradeAction;
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Request, Response, Status};
 
+use super::deadline::Deadline;
 use super::{Counted, Reply};
 use crate::actors::applier::Checkpoint;
 use crate::config::duration::GoDuration;
@@ -377,6 +378,7 @@ impl pb::maintenance_server::Maintenance for Maintenance {
         request: Request<pb::SnapshotRequest>,
     ) -> Result<Response<Self::SnapshotStream>, Status> {
         let call = self.member.open_stream(Method::Snapshot, request.metadata(), true)?;
+        let deadline = Deadline::of(request.metadata());
         call.received(request.get_ref().encoded_len());
         let (sender, receiver) = mpsc::channel(CHUNKS_AHEAD);
         let this = self.clone();
@@ -389,7 +391,7 @@ impl pb::maintenance_server::Maintenance for Maintenance {
         let replies = stream::unfold(receiver, |mut receiver| async move {
             receiver.recv().await.map(|item| (item, receiver))
         });
-        Ok(Response::new(Box::pin(Counted::new(Box::pin(replies), call))))
+        Ok(Response::new(Box::pin(Counted::new(Box::pin(replies), deadline, call))))
     }
 
     async fn move_leader(

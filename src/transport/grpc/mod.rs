@@ -2,6 +2,7 @@
 
 pub mod auth;
 pub mod cluster;
+pub mod deadline;
 pub mod health;
 pub mod kv;
 pub mod lease;
@@ -18,6 +19,7 @@ use prost::Message;
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status};
 
+use self::deadline::{Deadline, within};
 use crate::config::duration::GoDuration;
 use crate::metrics::{GrpcCall, Method, Metrics};
 use crate::transport::member::Member;
@@ -79,7 +81,7 @@ impl Member {
         let (metadata, _, body) = request.into_parts();
         call.received(body.encoded_len());
         let result = match admit(self, &metadata, on_learner(&body), false) {
-            Ok(()) => run(body).await,
+            Ok(()) => within(deadline::timeout(&metadata), run(body)).await,
             Err(status) => Err(status),
         };
         let took = started.elapsed();
@@ -148,16 +150,19 @@ impl Member {
     }
 }
 
-/// A response stream that counts what it sends and ends the call with its last item.
+/// A response stream that counts what it sends and ends the call with its last item, or at the
+/// client's deadline.
 struct Counted<S> {
-    inner: S,
+    /// `None` once the deadline has passed.
+    inner: Option<S>,
+    deadline: Deadline,
     call: Option<GrpcCall>,
     metrics: &'static Metrics,
 }
 
 impl<S> Counted<S> {
-    fn new(inner: S, call: GrpcCall) -> Self {
-        Counted { inner, call: Some(call), metrics: Metrics::global() }
+    fn new(inner: S, deadline: Deadline, call: GrpcCall) -> Self {
+        Counted { inner: Some(inner), deadline, call: Some(call), metrics: Metrics::global() }
     }
 }
 
@@ -165,7 +170,16 @@ impl<T: Message, S: Stream<Item = Result<T, Status>> + Unpin> Stream for Counted
     type Item = Result<T, Status>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let next = std::task::ready!(Pin::new(&mut self.inner).poll_next(cx));
+        // Whatever could still be sent, nobody waits for it.
+        let passed = self.deadline.has_passed(cx);
+        let next = match &mut self.inner {
+            Some(_) if passed => {
+                self.inner = None;
+                Some(Err(status::deadline_exceeded()))
+            }
+            Some(inner) => std::task::ready!(Pin::new(inner).poll_next(cx)),
+            None => None,
+        };
         if let Some(Ok(message)) = &next {
             if let Some(call) = &self.call {
                 call.sent(message.encoded_len());
