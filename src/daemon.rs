@@ -22,7 +22,7 @@ use crate::actors::exit::{Exit, Reason, full};
 use crate::actors::lease::LeaseManager;
 use crate::actors::monitor::Monitor;
 use crate::actors::peers;
-use crate::actors::raft::{self, RaftActor};
+use crate::actors::raft::{self, Abandon, AdvanceTicks, RaftActor, RequestError};
 use crate::actors::shared::{Published, Shared};
 use crate::actors::snapshot::{self, Snapshotter};
 use crate::actors::spawn::{Seat, arbiter};
@@ -30,6 +30,7 @@ use crate::actors::wal::{self, Close, WalWriter};
 use crate::actors::watch::WatchHub;
 use crate::bootstrap::{self, Birth, BootstrapError, Plan};
 use crate::cli::ETCD_VERSION;
+use crate::config::duration::GoDuration;
 use crate::config::{Config, ConfigError, EngineKind, Gate, Origins, Retention, Url};
 use crate::core::apply::{Machine, STORAGE_VERSION};
 use crate::core::autocompact::{self, AutoCompaction};
@@ -62,6 +63,10 @@ const GRPC_OVERHEAD: usize = 512 * 1024;
 const PEER_CONNECTIONS_MAX: usize = 4096;
 /// A connection to a peer has to stand within this and an election timeout (formats-and-peers 6.3).
 const PEER_DIAL_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often a starting member looks how many others it can reach.
+const REACHABLE_POLL: Duration = Duration::from_millis(50);
+/// Between two tries to publish, if the first was refused at once.
+const PUBLISH_PAUSE: Duration = Duration::from_millis(100);
 /// Transport threads at most: more do not help while one thread applies.
 const TRANSPORT_THREADS_MAX: usize = 8;
 
@@ -70,6 +75,8 @@ const TRANSPORT_THREADS_MAX: usize = 8;
 enum StartError {
     #[error("{0}")]
     Refused(String),
+    #[error("the member has been permanently removed from the cluster")]
+    Removed,
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
@@ -107,6 +114,10 @@ pub fn run(config: Config, _logging: Logging) -> ExitCode {
     let ended = system.block_on(async {
         match start(&config).await {
             Ok(daemon) => daemon.serve().await,
+            Err(StartError::Removed) => {
+                log_removed(&config);
+                Ended::Removed
+            }
             Err(error) => {
                 // etcd says this whatever kept it from starting; scripts look for it.
                 crate::fatal!(error = %full(&error), "discovery failed");
@@ -141,6 +152,9 @@ fn end_on_panic() {
     }));
 }
 
+/// How long a member that is refused by its own raft waits to hear why.
+const STOP_REASON: Duration = Duration::from_secs(2);
+
 /// How the member ended.
 enum Ended {
     Failed,
@@ -158,6 +172,8 @@ struct Found {
     machine: Machine,
     unfinished: Option<i64>,
     persistent: bool,
+    /// Members that the log does not tell of yet.
+    remotes: Vec<(MemberId, Vec<Url>)>,
 }
 
 /// A started member.
@@ -349,7 +365,18 @@ fn read_directory(
     let cluster_id = ClusterId(recovered.metadata.cluster_id());
     machine.members.local = member_id;
     machine.members.cluster_id = cluster_id;
-    Ok(Found { member_id, cluster_id, engine, log, recovered, machine, unfinished, persistent })
+    let remotes = birth.map_or_else(Vec::new, |birth| birth.remotes.clone());
+    Ok(Found {
+        member_id,
+        cluster_id,
+        engine,
+        log,
+        recovered,
+        machine,
+        unfinished,
+        persistent,
+        remotes,
+    })
 }
 
 /// Builds the raft node that goes on where the directory ends.
@@ -417,13 +444,21 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     };
     // A port that is taken is found out before the directory is touched.
     let bound = bind_all(config, &options)?;
-    let birth = match plan {
-        Plan::Restart => None,
-        Plan::Found => Some(bootstrap::found::found(config)?),
-        Plan::Join => return Err(StartError::Refused("joining is not there yet".into())),
-    };
+    let birth = bootstrap::birth(config, plan, server_version()).await?;
     let snapshots = SnapDir::open(disk.clone(), &config.member.snap_dir())?;
-    let found = read_directory(config, &disk, birth.as_ref())?;
+    let mut found = read_directory(config, &disk, birth.as_ref())?;
+    if config.cluster.force_new && plan == Plan::Restart {
+        let applied = found.machine.applied();
+        bootstrap::force::force(
+            &mut found.log,
+            &mut found.recovered,
+            &found.machine.members,
+            applied,
+        )?;
+    }
+    if found.machine.members.removed().any(|id| id == found.member_id) {
+        return Err(StartError::Removed);
+    }
     let threshold = config.storage.bootstrap_defrag_threshold_mib << 20;
     if threshold > 0 {
         let free = found.engine.size()?.saturating_sub(found.engine.size_in_use()?);
@@ -588,6 +623,9 @@ impl Running {
                 quota_reported: config.storage.quota_bytes.map_or(-1, |bytes| bytes as i64),
                 request_timeout: config.raft.request_timeout(),
                 election,
+                heartbeat: Duration::from_millis(config.raft.heartbeat_ms),
+                strict_reconfig: config.cluster.strict_reconfig_check,
+                fast_keep_alive: config.gates.enabled(Gate::FastLeaseKeepAlive),
                 warning_unary: config.observe.warning_unary_request_duration,
                 warning_apply: config.observe.warning_apply_duration,
             },
@@ -666,7 +704,8 @@ impl Running {
             peers: network_seat.addr().recipient(),
             exit: exit.clone(),
         };
-        network_seat.start_in(peers_thread, move || Network::new(net, Vec::new()));
+        let remotes = found.remotes;
+        network_seat.start_in(peers_thread, move || Network::new(net, remotes));
         let applier_options = applier::Options {
             batch_interval: config.storage.batch_interval,
             batch_limit: config.storage.batch_limit as usize,
@@ -804,6 +843,7 @@ impl Daemon {
         // What is published below needs a leader, and that needs the other members.
         self.listen(|what| what == "peer", &peers_stop, &failures);
         self.listen(|what| what == "metrics", &stop, &failures);
+        actix::spawn(advance_ticks(self.member.clone(), self.config.raft.clone()));
         // Handlers are there once a member has started; before, a signal simply ends it.
         let published = tokio::select! {
             published = publish(&self.member, &self.config) => published,
@@ -811,7 +851,9 @@ impl Daemon {
             Some(error) = listener_failed.recv() => return listener_ended(&error),
         };
         if !published {
-            return Ended::Failed;
+            // Why, is told in a moment: a member that was removed goes on for a second.
+            let reason = tokio::time::timeout(STOP_REASON, self.exits.recv()).await;
+            return self.failed(reason.ok().flatten());
         }
         let (mut interrupts, mut terminations) =
             match (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) {
@@ -834,15 +876,22 @@ impl Daemon {
         // Nothing asks a monitor anything: it lives as long as the thread does.
         Monitor::new(self.member.shared.clone(), self.member.raft.clone(), server_version())
             .start();
-        let signal = tokio::select! {
-            _ = interrupts.recv() => Signal::SIGINT,
-            _ = terminations.recv() => Signal::SIGTERM,
-            reason = self.exits.recv() => return self.failed(reason),
+        let ended = tokio::select! {
+            _ = interrupts.recv() => Ended::Signal(Signal::SIGINT),
+            _ = terminations.recv() => Ended::Signal(Signal::SIGTERM),
+            reason = self.exits.recv() => self.failed(reason),
             Some(error) = listener_failed.recv() => return listener_ended(&error),
         };
-        tracing::info!(signal = %signal_name(signal), "received signal; shutting down");
+        match ended {
+            Ended::Failed => return ended,
+            // Nobody else will answer those who wait.
+            Ended::Removed => self.member.raft.do_send(Abandon),
+            Ended::Signal(signal) => {
+                tracing::info!(signal = %signal_name(signal), "received signal; shutting down");
+            }
+        }
         self.stop(&stop, &peers_stop).await;
-        Ended::Signal(signal)
+        ended
     }
 
     /// The line that says where everything is; the sockets are bound.
@@ -863,7 +912,10 @@ impl Daemon {
     /// The member has stopped itself. What is acknowledged is in the log; nothing more is written.
     fn failed(&self, reason: Option<Reason>) -> Ended {
         match reason {
-            Some(Reason::Removed) => Ended::Removed,
+            Some(Reason::Removed) => {
+                log_removed(&self.config);
+                Ended::Removed
+            }
             Some(Reason::Failed { part, error }) => {
                 crate::fatal!(part, error, "member stopped");
                 Ended::Failed
@@ -906,6 +958,7 @@ impl Daemon {
         while self.workers.connections() > 0 && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        self.member.hand_over().await;
         let (reply, durable) = oneshot::channel();
         self.member.applier.do_send(Checkpoint(reply));
         let checkpoint = tokio::time::timeout(self.config.raft.request_timeout(), durable).await;
@@ -931,6 +984,18 @@ impl Daemon {
 }
 
 /// A member that does not listen any more must not look as if it did.
+/// What etcd says when its member has been removed, and why it stops.
+fn log_removed(config: &Config) {
+    tracing::warn!(
+        error = "the member has been permanently removed from the cluster",
+        "server error"
+    );
+    tracing::warn!(
+        "data-dir" = %config.member.data_dir.display(),
+        "data-dir used by this member must be removed"
+    );
+}
+
 fn listener_ended(error: &std::io::Error) -> Ended {
     crate::fatal!(error = %full(error), "listener failed");
     Ended::Failed
@@ -951,38 +1016,88 @@ fn signal_name(signal: Signal) -> &'static str {
     }
 }
 
+/// Skips most of the first election timeout once more than one other member can be reached: enough is
+/// left of it to hear of a leader that there may be (operations 2.9). A member that is alone campaigns
+/// by itself.
+async fn advance_ticks(member: Arc<Member>, raft: crate::config::Raft) {
+    let election_ticks = raft.election_ticks();
+    if member.now().members.members().len() == 1 {
+        return;
+    }
+    if !raft.initial_election_tick_advance {
+        tracing::info!("election-ticks" = election_ticks, "skipping initial election tick advance");
+        return;
+    }
+    tracing::info!("election-ticks" = election_ticks, "starting initial election tick advance");
+    let deadline = Instant::now() + raft.read_timeout;
+    while Instant::now() < deadline {
+        tokio::time::sleep(REACHABLE_POLL).await;
+        let active = member.shared.reachable.count();
+        if active > 1 {
+            let ticks = election_ticks.saturating_sub(2);
+            tracing::info!(
+                "local-member-id" = %member.shared.member_id,
+                "forward-ticks" = ticks,
+                "forward-duration" = %GoDuration::from(tick_time(&raft, ticks)),
+                "election-ticks" = election_ticks,
+                "election-timeout" = %GoDuration::from(tick_time(&raft, election_ticks)),
+                "active-remote-members" = active,
+                "initialized peer connections; fast-forwarding election ticks"
+            );
+            member.raft.do_send(AdvanceTicks(usize::try_from(ticks).unwrap_or(usize::MAX)));
+            return;
+        }
+    }
+}
+
+fn tick_time(raft: &crate::config::Raft, ticks: u64) -> Duration {
+    Duration::from_millis(raft.heartbeat_ms.saturating_mul(ticks))
+}
+
 /// Publishes name and client URLs through the log, until that has been applied: the member is ready
-/// only then (operations 2.9). Answers false if the member is stopping.
+/// only then (operations 2.9). Without a leader that takes as long as there is none; each try waits
+/// for the request timeout. Answers false if the member is stopping.
 async fn publish(member: &Arc<Member>, config: &Config) -> bool {
+    let name = &config.member.name;
+    let client_urls: Vec<String> =
+        config.cluster.advertise_client_urls.iter().map(|url| url.as_str().to_string()).collect();
+    let attributes = format!("{{Name:{name} ClientURLs:[{}]}}", client_urls.join(" "));
+    let timeout = GoDuration::from(config.raft.request_timeout());
     let request = Request::ClusterMemberAttrSet(membershippb::ClusterMemberAttrSetRequest {
         member_id: member.shared.member_id.0,
-        member_attributes: Some(membershippb::Attributes {
-            name: config.member.name.clone(),
-            client_urls: config
-                .cluster
-                .advertise_client_urls
-                .iter()
-                .map(|url| url.as_str().to_string())
-                .collect(),
-        }),
+        member_attributes: Some(membershippb::Attributes { name: name.clone(), client_urls }),
     });
     loop {
-        match member.propose(request.clone()).await {
+        let error = match member.propose(request.clone()).await {
             Ok(_) => break,
-            Err(crate::actors::raft::RequestError::Stopped) => return false,
-            Err(error) => {
+            Err(RequestError::Stopped) => {
                 tracing::warn!(
                     "local-member-id" = %member.shared.member_id,
-                    %error,
-                    "failed to publish local member to cluster through raft"
+                    "local-member-attributes" = attributes,
+                    "publish-timeout" = %timeout,
+                    "stopped publish because server is stopping"
                 );
+                return false;
             }
+            Err(error) => error,
+        };
+        tracing::warn!(
+            "local-member-id" = %member.shared.member_id,
+            "local-member-attributes" = attributes,
+            "publish-timeout" = %timeout,
+            %error,
+            "failed to publish local member to cluster through raft"
+        );
+        if !matches!(error, RequestError::TimedOut | RequestError::NoLeader) {
+            // It was refused without any wait.
+            tokio::time::sleep(PUBLISH_PAUSE).await;
         }
     }
     tracing::info!(
         "local-member-id" = %member.shared.member_id,
+        "local-member-attributes" = attributes,
         "cluster-id" = %member.shared.cluster_id,
-        "publish-timeout" = ?config.raft.request_timeout(),
+        "publish-timeout" = %timeout,
         "published local member to cluster through raft"
     );
     true

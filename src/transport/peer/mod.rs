@@ -5,6 +5,7 @@
 
 pub mod client;
 pub mod codec;
+pub mod forward;
 pub mod network;
 #[allow(clippy::module_inception, reason = "one peer, among those who make the network")]
 pub mod peer;
@@ -34,7 +35,8 @@ pub fn router(member: Arc<Member>, door: Arc<Door>) -> Router {
         .route("/members", any(members))
         .route("/raft/probing", any(probing))
         .fallback(not_found)
-        .with_state(member)
+        .with_state(member.clone())
+        .merge(forward::router(member))
         .merge(server::router(door))
 }
 
