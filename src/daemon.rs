@@ -45,6 +45,7 @@ use crate::core::types::{ClusterId, Index, MemberId, Term};
 use crate::core::watch::{Hub, HubOptions};
 use crate::logging::{self, Logging};
 use crate::metrics::Metrics;
+use crate::storage::install::{InstallError, Installer, OpenEngine};
 use crate::storage::lock::DataDirLock;
 use crate::storage::snap_dir::SnapDir;
 use crate::storage::wal_log::{self, Recovered, WalLog};
@@ -77,6 +78,8 @@ enum StartError {
     Wal(#[from] wal_log::WalError),
     #[error(transparent)]
     Snapshots(#[from] crate::storage::snap_dir::SnapError),
+    #[error(transparent)]
+    Install(#[from] InstallError),
     #[error("storage engine: {0}")]
     Engine(#[from] engine_api::EngineError),
     #[error("raft log: {0}")]
@@ -150,11 +153,11 @@ struct Found {
     member_id: MemberId,
     cluster_id: ClusterId,
     engine: Arc<dyn Engine>,
+    installer: Installer,
     log: WalLog,
     recovered: Recovered,
     machine: Machine,
     unfinished: Option<i64>,
-    persistent: bool,
 }
 
 /// A started member.
@@ -174,22 +177,28 @@ fn server_version() -> Version {
     Version::parse(ETCD_VERSION).expect("a constant version parses")
 }
 
-/// Opens the engine that the configuration names.
-fn open_engine(config: &Config) -> Result<(Arc<dyn Engine>, bool), StartError> {
+/// What opens the engine that the configuration names, and puts others in its place.
+fn installer(
+    config: &Config,
+    disk: &SharedDisk,
+    snapshots: &SnapDir,
+) -> Result<Installer, StartError> {
     let options = &config.storage.engine_options;
     let refused = |error: String| StartError::Refused(format!("engine-options: {error}"));
-    Ok(match engine_dir(config) {
-        Some(dir) => {
+    let dir = engine_dir(config);
+    let open: OpenEngine = match dir {
+        Some(_) => {
             let options = engine_redb::RedbOptions::from_map(options).map_err(refused)?;
-            (Arc::new(engine_redb::Redb::open(&dir, &options)?), true)
+            Arc::new(move |dir| Ok(Arc::new(engine_redb::Redb::open(dir, &options)?)))
         }
         None => {
             if let Some(option) = options.keys().next() {
                 return Err(refused(format!("unknown option {option:?}: memory has none")));
             }
-            (Arc::new(engine_memory::Memory::new()), false)
+            Arc::new(|_| Ok(Arc::new(engine_memory::Memory::new())))
         }
-    })
+    };
+    Ok(Installer::new(disk.clone(), snapshots.clone(), dir, open, server_version()))
 }
 
 /// Where the configured engine has its files; `None` for one without any.
@@ -201,14 +210,17 @@ fn engine_dir(config: &Config) -> Option<PathBuf> {
 }
 
 /// Refuses a log that begins behind a snapshot when the engine's files are gone. Without a snapshot
-/// the log holds everything, and an engine is filled from it.
-fn check_engine_is_there(config: &Config, disk: &SharedDisk) -> Result<(), StartError> {
+/// the log holds everything, and an engine is filled from it; with a received one, from its database.
+fn check_engine_is_there(
+    config: &Config,
+    disk: &SharedDisk,
+    installer: &Installer,
+) -> Result<(), StartError> {
     let Some(dir) = engine_dir(config).filter(|dir| !dir.exists()) else { return Ok(()) };
     let wal_dir = config.member.wal_dir();
-    let newest =
-        wal_log::read(&**disk, &wal_dir, |valid| valid.last().cloned().unwrap_or_default())?;
+    let newest = wal_log::read(&**disk, &wal_dir, newest)?;
     let index = newest.start.index();
-    if index > 0 {
+    if index > 0 && !installer.has_received(index)? {
         return Err(StartError::Refused(format!(
             "database file ({}) of the backend is missing, but the write-ahead log in {} goes on \
              from a snapshot at index {index}",
@@ -333,14 +345,25 @@ fn found_cluster(config: &Config, disk: &SharedDisk) -> Result<(), StartError> {
     Ok(())
 }
 
+/// The record to start from: the log before it may have been replaced.
+fn newest(valid: &[walpb::Snapshot]) -> walpb::Snapshot {
+    valid.iter().max_by_key(|record| record.index()).cloned().unwrap_or_default()
+}
+
 /// Reads the data directory, founding a cluster if it is new.
-fn read_directory(config: &Config, disk: &SharedDisk) -> Result<Found, StartError> {
+fn read_directory(
+    config: &Config,
+    disk: &SharedDisk,
+    snapshots: &SnapDir,
+) -> Result<Found, StartError> {
+    let installer = installer(config, disk, snapshots)?;
+    installer.clean()?;
     let wal_dir = config.member.wal_dir();
     let exists = wal_log::has_log(&**disk, &wal_dir)?;
     if exists {
-        check_engine_is_there(config, disk)?;
+        check_engine_is_there(config, disk, &installer)?;
     }
-    let (engine, persistent) = open_engine(config)?;
+    let mut engine = installer.open()?;
     let view = engine.view()?;
     let ttl_min = min_ttl(config.raft.election_ms);
     let blank = Membership::new(ClusterId(0), MemberId(0), config.cluster.max_learners as usize);
@@ -364,8 +387,8 @@ fn read_directory(config: &Config, disk: &SharedDisk) -> Result<Found, StartErro
             "keys name a lease that does not exist; they are kept and never expire"
         );
     }
-    let (mut machine, unfinished) = (restored.machine, restored.unfinished);
-    let applied = machine.applied();
+    let (mut machine, mut unfinished) = (restored.machine, restored.unfinished);
+    let mut applied = machine.applied();
     if !exists {
         if applied.0 > 0 {
             return Err(StartError::Refused(format!(
@@ -376,18 +399,42 @@ fn read_directory(config: &Config, disk: &SharedDisk) -> Result<Found, StartErro
         }
         found_cluster(config, disk)?;
     }
-    let mut beyond = None;
+    let mut to_install = None;
     let (log, recovered) = WalLog::open(disk.clone(), &wal_dir, |valid| {
-        beyond = valid.iter().map(walpb::Snapshot::index).filter(|index| *index > applied.0).max();
-        let reached = valid.iter().rev().find(|record| record.index() <= applied.0);
-        reached.filter(|_| persistent).cloned().unwrap_or_default()
+        let newest = newest(valid);
+        if newest.index() > applied.0 {
+            match installer.has_received(newest.index()) {
+                // An engine in memory has no other beginning than that of the log.
+                Ok(false) if !installer.is_persistent() => return walpb::Snapshot::default(),
+                _ => to_install = Some(installer.received(&newest, valid)),
+            }
+        }
+        newest
     })?;
-    if let Some(index) = beyond.filter(|_| persistent) {
-        return Err(StartError::Refused(format!(
-            "database file ({} index {applied}) does not match with snapshot (index {index})",
-            config.member.data_dir.join("member").display()
-        )));
+    if let Some(received) = to_install {
+        let received = received?;
+        let index = recovered.start.index();
+        if !installer.has_received(index)? {
+            return Err(StartError::Refused(format!(
+                "database file ({} index {applied}) does not match with snapshot (index {index})",
+                config.member.data_dir.join("member").display()
+            )));
+        }
+        drop(engine);
+        engine = installer.install(&received)?;
+        let restored = machine.replaced_by(&*engine.view()?)?;
+        (machine, unfinished) = (restored.machine, restored.unfinished);
+        applied = machine.applied();
+        tracing::info!(
+            "snapshot-index" = index,
+            "applied-index" = applied.0,
+            revision = machine.store.now().revision(),
+            "installed the database that came with the newest snapshot"
+        );
     }
+    // Of those received, an engine on disk holds what it needs.
+    let needed = recovered.start.index() + u64::from(installer.is_persistent());
+    snapshots.release_dbs(needed)?;
     // Whatever the engine has applied was on disk in the log before: this is another's or an older log.
     // Going on would give numbers to new entries that the engine takes for done.
     if applied.0 > recovered.last_index {
@@ -410,7 +457,7 @@ fn read_directory(config: &Config, disk: &SharedDisk) -> Result<Found, StartErro
     let cluster_id = ClusterId(recovered.metadata.cluster_id());
     machine.members.local = member_id;
     machine.members.cluster_id = cluster_id;
-    Ok(Found { member_id, cluster_id, engine, log, recovered, machine, unfinished, persistent })
+    Ok(Found { member_id, cluster_id, engine, installer, log, recovered, machine, unfinished })
 }
 
 /// Builds the raft node that goes on where the directory ends.
@@ -474,7 +521,7 @@ fn start(config: &Config) -> Result<Daemon, StartError> {
     // A port that is taken is found out before the directory is touched.
     let bound = bind_all(config, &options)?;
     let snapshots = SnapDir::open(disk.clone(), &config.member.snap_dir())?;
-    let found = read_directory(config, &disk)?;
+    let found = read_directory(config, &disk, &snapshots)?;
     let threshold = config.storage.bootstrap_defrag_threshold_mib << 20;
     if threshold > 0 {
         let free = found.engine.size()?.saturating_sub(found.engine.size_in_use()?);
@@ -645,9 +692,11 @@ impl Running {
 
         let wal_addr = wal_seat.addr();
         let (log, to_raft, exit_wal) = (found.log, raft_addr.clone().recipient(), exit.clone());
+        let received = snapshots.clone();
         let sync = !config.storage.unsafe_no_fsync;
-        wal_seat
-            .start_in(&self.arbiter("wal"), move || WalWriter::new(log, to_raft, exit_wal, sync));
+        wal_seat.start_in(&self.arbiter("wal"), move || {
+            WalWriter::new(log, received, to_raft, exit_wal, sync)
+        });
 
         let committer = committer_seat.addr();
         let (to_applier, exit_committer) = (applier_seat.addr().recipient(), exit.clone());
@@ -655,6 +704,7 @@ impl Running {
             BatchCommitter::new(to_applier, exit_committer)
         });
 
+        let persistent = found.installer.is_persistent();
         let links = applier::Links {
             shared: shared.clone(),
             raft: raft_addr.clone(),
@@ -662,17 +712,22 @@ impl Running {
             watch: watch_seat.addr().recipient(),
             leases: lease_seat.addr().recipient(),
             promoted: lease_seat.addr().recipient(),
+            leases_replaced: lease_seat.addr().recipient(),
             compactor: compactor_seat.addr().recipient(),
+            store_replaced: compactor_seat.addr().recipient(),
             snapshotter: snapshot_seat.addr().recipient(),
+            installed: snapshot_seat.addr().recipient(),
+            installer: found.installer,
             exit: exit.clone(),
         };
+        let start = Index(found.recovered.start.index());
         let applier_options = applier::Options {
             batch_interval: config.storage.batch_interval,
             batch_limit: config.storage.batch_limit as usize,
             quota,
             // Without an engine that outlives the process, the whole log is needed.
-            snapshot_count: if found.persistent { config.raft.snapshot_count } else { u64::MAX },
-            snapshot_index: Index(found.recovered.start.index()),
+            snapshot_count: if persistent { config.raft.snapshot_count } else { u64::MAX },
+            snapshot_index: start,
             warning_apply: config.observe.warning_apply_duration,
         };
         let applier_addr = applier_seat.addr();
@@ -732,6 +787,8 @@ impl Running {
             wal_dir: config.member.wal_dir(),
             max_snapshots: config.raft.max_snapshots as usize,
             max_wals: config.raft.max_wals as usize,
+            persistent,
+            start,
         };
         let (snapshot_wal, exit_snapshot) = (wal_addr.clone(), exit.clone());
         snapshot_seat.start_in(&cold, move || {

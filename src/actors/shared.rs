@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use arc_swap::ArcSwap;
 use engine_api::Engine;
+use parking_lot::Mutex;
 
 use crate::actors::peers::Liveness;
 use crate::actors::watch::Backlog;
@@ -83,6 +84,8 @@ pub struct Shared {
     pub reachable: Liveness,
     /// Set while the engine gives space back.
     pub defragmenting: AtomicBool,
+    /// Held while it does, and while it is replaced: both go by the names of its files.
+    pub reclaiming: Mutex<()>,
     /// What the applier has told the watch hub and the hub has not heard yet.
     pub unwatched: Backlog,
     started: Instant,
@@ -104,6 +107,7 @@ impl Shared {
             raft: RaftView::default(),
             reachable: Liveness::default(),
             defragmenting: AtomicBool::new(false),
+            reclaiming: Mutex::new(()),
             unwatched: Backlog::default(),
             started: Instant::now(),
             next_request: AtomicU64::new(first),
