@@ -3,7 +3,7 @@
 //! in:  `Apply` (entries, or a snapshot in the place of all before) from actors/raft.rs, `Committed` from actors/committer.rs, `CompactSlice` from
 //!      actors/compactor.rs, `Checkpoint` from transport and the daemon, `Flush` from actors/export.rs
 //! out: `Applied`, `ConfChanged` to actors/raft.rs; `Events` to actors/watch.rs; `LeaseChanges` to
-//!      actors/lease.rs; `Commit` to actors/committer.rs; `Compacted` to actors/compactor.rs;
+//!      actors/lease.rs; `Members` to the peer network; `Commit` to actors/committer.rs; `Compacted` to actors/compactor.rs;
 //!      `TakeSnapshot` to actors/snapshot.rs
 //!
 //! After each batch of entries: publish, then tell the followers of the store, then answer callers. So
@@ -26,8 +26,9 @@ use crate::actors::committer::{BatchCommitter, Commit, Committed};
 use crate::actors::compactor::{Compacted, StoreReplaced};
 use crate::actors::exit::Exit;
 use crate::actors::lease::{LeaseChanges, LeasesReplaced, Promoted};
+use crate::actors::peers::Members;
 use crate::actors::raft::{
-    Answer, Answered, Applied, ConfChanged, Proposal, RaftActor, RequestError, Requests,
+    Abandon, Answer, Answered, Applied, ConfChanged, Proposal, RaftActor, RequestError, Requests,
 };
 use crate::actors::shared::{Published, Shared};
 use crate::actors::snapshot::{Installed, TakeSnapshot};
@@ -94,6 +95,9 @@ const OVERLAY_BATCHES: usize = 10;
 /// was freed since its last durable commit, and a restart replays less.
 const DURABLE_AFTER: Duration = Duration::from_secs(10);
 
+/// How long a member that was removed goes on (v3-api 3.10).
+const REMOVED_STOPS_AFTER: Duration = Duration::from_secs(1);
+
 type Waiters = HashMap<u64, oneshot::Sender<Answer>, BuildHasherDefault<FxHasher>>;
 
 /// What the applier is connected to.
@@ -110,6 +114,8 @@ pub struct Links {
     pub snapshotter: Recipient<TakeSnapshot>,
     pub installed: Recipient<Installed>,
     pub installer: Installer,
+    /// The peer network.
+    pub peers: Recipient<Members>,
     pub exit: Exit,
 }
 
@@ -180,6 +186,10 @@ impl Applier {
                 return self.links.exit.fail("snapshot", &error);
             }
             last = snapshot.metadata.as_ref().map(|metadata| Index(metadata.index));
+            let local = self.links.shared.member_id;
+            if self.machine.members.removed().any(|id| id == local) {
+                self.stop_removed(ctx);
+            }
         }
         last = apply.entries.last().map(|entry| Index(entry.index)).or(last);
         let Some(last) = last else { return };
@@ -188,6 +198,7 @@ impl Applier {
         let size = || engine.size().unwrap_or(0);
         let mut effects = Effects::default();
         let mut answers: Vec<(u64, Result<Reply, RequestError>, Term)> = Vec::new();
+        let mut changes = Vec::new();
         for entry in &apply.entries {
             let started = Instant::now();
             let waiters = &self.waiters;
@@ -203,7 +214,7 @@ impl Applier {
                 Ok(None) => {}
                 Ok(Some(outcome)) => {
                     self.account(&outcome, started.elapsed());
-                    self.settle(entry, outcome, &mut answers);
+                    self.settle(entry, outcome, &mut answers, &mut changes);
                 }
                 Err(error) => {
                     // Whatever was applied of this batch is in the log; nothing of it is answered.
@@ -218,6 +229,11 @@ impl Applier {
             let Some(waiter) = self.waiters.remove(&id) else { continue };
             // A caller that gave up needs no answer.
             answer(waiter, result.map(|reply| Answered { reply, term }));
+        }
+        // After the publication, so that the proposer finds the members of its change; before `Applied`,
+        // as the node has to know them then.
+        for change in changes {
+            self.conf_changed(change, ctx);
         }
         self.links.raft.do_send(Applied(last));
         self.metrics.proposals_applied.set(last.0 as f64);
@@ -270,6 +286,7 @@ impl Applier {
         let unfinished = restored.unfinished;
         self.links.store_replaced.do_send(StoreReplaced { compacted, unfinished });
         self.links.installed.do_send(Installed(Index(metadata.index)));
+        self.links.peers.do_send(Members(shared.published.load().members.clone()));
         self.show_alarms();
         self.show_cluster_version();
         self.metrics.snapshot_apply_in_progress.set(0.0);
@@ -305,12 +322,17 @@ impl Applier {
         entry: &raftpb::Entry,
         outcome: Outcome,
         answers: &mut Vec<(u64, Result<Reply, RequestError>, Term)>,
+        changes: &mut Vec<ConfChanged>,
     ) {
         let term = Term(entry.term);
         match outcome.kind {
             Kind::Empty => self.links.promoted.do_send(Promoted(term)),
             Kind::ConfChange(change) => {
-                self.links.raft.do_send(ConfChanged { index: Index(entry.index), change })
+                let result = outcome.result.map_err(RequestError::Apply);
+                let result = result.map(|reply| Answered { reply, term });
+                let waiter = self.waiters.remove(&outcome.id);
+                let answer = waiter.map(|waiter| (waiter, result));
+                return changes.push(ConfChanged { index: Index(entry.index), change, answer });
             }
             Kind::Request(_) => {}
         }
@@ -322,6 +344,21 @@ impl Applier {
         } else {
             answers.push((outcome.id, outcome.result.map_err(RequestError::Apply), term));
         }
+    }
+
+    fn conf_changed(&mut self, changed: ConfChanged, ctx: &mut Context<Self>) {
+        if let Some(change) = &changed.change {
+            let remove = change.r#type == raftpb::ConfChangeType::RemoveNode as i32;
+            if remove && change.node_id == self.links.shared.member_id.0 {
+                self.stop_removed(ctx);
+            }
+        }
+        self.links.raft.do_send(changed);
+    }
+
+    /// Others, and those who wait here, learn of it first.
+    fn stop_removed(&self, ctx: &mut Context<Self>) {
+        ctx.run_later(REMOVED_STOPS_AFTER, |this, _| this.links.exit.removed());
     }
 
     /// Raises the alarm for this member; the caller is answered when it is in force.
@@ -379,6 +416,10 @@ impl Applier {
         if let Some(at) = effects.compacted {
             self.metrics.compact_revision.set(at as f64);
             self.links.compactor.do_send(Compacted(at));
+        }
+        if effects.members {
+            let members = self.links.shared.published.load().members.clone();
+            self.links.peers.do_send(Members(members));
         }
         if effects.alarms {
             self.show_alarms();
@@ -520,6 +561,17 @@ impl Handler<Committed> for Applier {
             self.handle(apply, ctx);
         }
         self.after_change(ctx);
+    }
+}
+
+impl Handler<Abandon> for Applier {
+    type Result = ();
+
+    fn handle(&mut self, _: Abandon, _: &mut Self::Context) {
+        self.waiters.clear();
+        for apply in &mut self.held {
+            apply.waiters.clear();
+        }
     }
 }
 

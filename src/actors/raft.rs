@@ -1,6 +1,7 @@
 //! The raft actor: ticks and steps the node, and hands out what it decides.
 //!
-//! in:  `Requests`, `ChangeConf`, `TransferLeader` from transport, `Step`, `Unreachable`, `SnapshotDone`
+//! in:  `Requests`, `ChangeConf`, `TransferLeader`, `AwaitApplied` from transport, `AsLeader` from
+//!      actors/lease.rs, `Abandon`, `AdvanceTicks` from the daemon, `Step`, `Unreachable`, `SnapshotDone`
 //!      from the peer network, `Persisted` from actors/wal.rs, `Applied` and `ConfChanged` from
 //!      actors/applier.rs
 //! out: `Append` to actors/wal.rs, `Apply` to actors/applier.rs, `Send` to the peer network,
@@ -64,6 +65,12 @@ pub enum RequestError {
     NoLeader,
     #[error("request took longer than the request timeout")]
     TimedOut,
+    #[error("request took longer than the request timeout, in which the leader was lost")]
+    LeaderFailed,
+    #[error("request took longer than the request timeout, in which the leader was out of reach")]
+    ConnectionLost,
+    #[error("what was committed took too long to apply")]
+    NotApplied,
     #[error("too many entries are committed but not applied")]
     TooManyRequests,
     #[error("request is larger than the log takes")]
@@ -129,12 +136,37 @@ pub struct ConfChanged {
     /// Of the log entry.
     pub index: Index,
     pub change: Option<raftpb::ConfChange>,
+    /// The proposer on this member and its answer, which it gets once raft has taken the change over:
+    /// what it does next may depend on the new members.
+    pub answer: Option<(oneshot::Sender<Answer>, Answer)>,
 }
+
+/// Answered when this member has applied everything that it knew as committed when this came.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct AwaitApplied(pub ReadWaiter);
+
+/// Proposals that only a leader may make. A member that leads no more drops them: handed on, they would
+/// reach a leader that has given the leases more time.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct AsLeader(pub Vec<Proposal>);
+
+/// This member stops without another word from the cluster: whoever waits is told so.
+#[derive(Message, Clone, Copy, PartialEq, Eq, Debug)]
+#[rtype(result = "()")]
+pub struct Abandon;
 
 /// Hands leadership to another member.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct TransferLeader(pub MemberId);
+
+/// Lets so many ticks pass at once, unless a leader is known. A member that has just found its peers
+/// need not wait a whole election timeout; one that hears of a leader must not disturb it.
+#[derive(Message, Clone, Copy, PartialEq, Eq, Debug)]
+#[rtype(result = "()")]
+pub struct AdvanceTicks(pub usize);
 
 #[derive(Message)]
 #[rtype(result = "()")]
@@ -226,8 +258,10 @@ pub struct RaftActor {
     parked_changes: VecDeque<ChangeConf>,
     reads: Vec<ReadWaiter>,
     round: Option<Round>,
-    /// Reads whose index is known but not applied yet, by index.
+    /// Those who wait until an index is applied, by index.
     unapplied: VecDeque<(Index, Vec<ReadWaiter>)>,
+    /// Nobody is answered any more.
+    abandoned: bool,
 }
 
 /// What the actor is connected to.
@@ -271,6 +305,7 @@ impl RaftActor {
             reads: Vec::new(),
             round: None,
             unapplied: VecDeque::new(),
+            abandoned: false,
         }
     }
 
@@ -453,13 +488,11 @@ impl RaftActor {
     }
 
     fn leader_changed(&mut self, leader: MemberId) {
-        let view = &self.shared.raft;
         let leading = leader == self.shared.member_id;
-        let before = view.leader.swap(leader.0, Ordering::AcqRel);
-        let led = view.leading.swap(leading, Ordering::AcqRel);
+        let (changed, led) = self.shared.set_leader(leader);
         self.metrics.has_leader.set(f64::from(u8::from(leader.0 != 0)));
         self.metrics.is_leader.set(f64::from(u8::from(leading)));
-        if leader.0 != 0 && leader.0 != before {
+        if leader.0 != 0 && changed {
             self.metrics.leader_changes.increment(1);
             let term = self.node.status().term;
             tracing::info!(
@@ -506,12 +539,21 @@ impl RaftActor {
 
     fn read_index_known(&mut self, context: u64, index: Index) {
         let Some(round) = self.round.take_if(|round| round.context == context) else { return };
+        self.when_applied(index, round.waiters);
+    }
+
+    /// Tells `waiters` once everything up to `index` is applied.
+    fn when_applied(&mut self, index: Index, waiters: Vec<ReadWaiter>) {
         if index <= self.shared.published.load().applied {
-            for waiter in round.waiters {
+            for waiter in waiters {
                 answer(waiter, Ok(()));
             }
-        } else {
-            self.unapplied.push_back((index, round.waiters));
+            return;
+        }
+        let at = self.unapplied.partition_point(|(needed, _)| *needed < index);
+        match self.unapplied.get_mut(at) {
+            Some((needed, others)) if *needed == index => others.extend(waiters),
+            _ => self.unapplied.insert(at, (index, waiters)),
         }
     }
 
@@ -557,6 +599,7 @@ impl RaftActor {
             );
         }
         self.node.tick();
+        self.shared.raft.ticked.store(self.shared.now().0, Ordering::Release);
         if self.commit_state.is_some() && self.appends == 0 && !self.exit.failed() {
             self.append(None, None, Vec::new(), false);
         }
@@ -565,9 +608,10 @@ impl RaftActor {
         self.reads.retain(|waiter| !waiter.is_closed());
         // Without a quorum nothing is handed on, and those who gave up are replaced by others.
         self.waiters.retain(|(_, waiter)| !waiter.is_closed());
-        for (_, waiters) in &mut self.unapplied {
+        self.unapplied.retain_mut(|(_, waiters)| {
             waiters.retain(|waiter| !waiter.is_closed());
-        }
+            !waiters.is_empty()
+        });
         if let Some(round) = &mut self.round
             && round.asked.elapsed() >= READ_RETRY
         {
@@ -609,6 +653,9 @@ impl Handler<Requests> for RaftActor {
     type Result = ();
 
     fn handle(&mut self, requests: Requests, ctx: &mut Self::Context) {
+        if self.abandoned {
+            return;
+        }
         self.work += requests.proposals.len();
         self.proposals.extend(requests.proposals);
         self.reads.extend(requests.reads);
@@ -620,6 +667,9 @@ impl Handler<ChangeConf> for RaftActor {
     type Result = ();
 
     fn handle(&mut self, ChangeConf { change, reply }: ChangeConf, ctx: &mut Self::Context) {
+        if self.abandoned {
+            return;
+        }
         self.parked_changes.push_back(ChangeConf { change, reply });
         self.propose_changes();
         self.drive_soon(ctx);
@@ -711,11 +761,26 @@ impl Handler<Applied> for RaftActor {
 impl Handler<ConfChanged> for RaftActor {
     type Result = ();
 
-    fn handle(&mut self, ConfChanged { index, change }: ConfChanged, ctx: &mut Self::Context) {
+    fn handle(&mut self, changed: ConfChanged, ctx: &mut Self::Context) {
+        let ConfChanged { index, change, answer: waiting } = changed;
         if let Err(error) = self.node.apply_conf_change(index, change.as_ref()) {
             return self.exit.fail("raft", &error);
         }
+        if let Some((proposer, result)) = waiting {
+            answer(proposer, result);
+        }
         self.drive_soon(ctx);
+    }
+}
+
+impl Handler<AdvanceTicks> for RaftActor {
+    type Result = ();
+
+    fn handle(&mut self, AdvanceTicks(ticks): AdvanceTicks, ctx: &mut Self::Context) {
+        if self.shared.leader().is_none() {
+            self.node.advance_ticks(ticks);
+            self.drive_soon(ctx);
+        }
     }
 }
 
@@ -725,5 +790,47 @@ impl Handler<TransferLeader> for RaftActor {
     fn handle(&mut self, TransferLeader(to): TransferLeader, ctx: &mut Self::Context) {
         self.node.transfer_leader(to);
         self.drive_soon(ctx);
+    }
+}
+
+impl Handler<AwaitApplied> for RaftActor {
+    type Result = ();
+
+    fn handle(&mut self, AwaitApplied(waiter): AwaitApplied, _: &mut Self::Context) {
+        if !self.abandoned {
+            self.when_applied(self.node.committed(), vec![waiter]);
+        }
+    }
+}
+
+impl Handler<AsLeader> for RaftActor {
+    type Result = ();
+
+    fn handle(&mut self, AsLeader(proposals): AsLeader, ctx: &mut Self::Context) {
+        if self.node.is_leader() && !self.abandoned {
+            // At once: a message in the mailbox may end this member's leadership.
+            self.proposals.extend(proposals);
+            self.propose_all();
+            self.drive_soon(ctx);
+        }
+    }
+}
+
+impl Handler<Abandon> for RaftActor {
+    type Result = ();
+
+    fn handle(&mut self, _: Abandon, _: &mut Self::Context) {
+        self.abandoned = true;
+        // Whoever waits is told by the end of its channel.
+        self.proposals.clear();
+        self.parked.clear();
+        self.parked_changes.clear();
+        self.waiters.clear();
+        self.reads.clear();
+        self.unapplied.clear();
+        if let Some(round) = self.round.take() {
+            self.node.forget_read(round.context);
+        }
+        self.applier.do_send(Abandon);
     }
 }

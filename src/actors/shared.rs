@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use engine_api::Engine;
 use parking_lot::Mutex;
+use tokio::sync::watch;
 
 use crate::actors::peers::Liveness;
 use crate::actors::watch::Backlog;
@@ -18,6 +19,7 @@ use crate::core::membership::Membership;
 use crate::core::mvcc::hash::KvHash;
 use crate::core::mvcc::history::event;
 use crate::core::mvcc::{ReadError, Snapshot, Values};
+use crate::core::reconfig::{Contact, Leadership, STABLE_AFTER};
 use crate::core::types::{ClusterId, Index, MemberId, Revision, Term, Uptime};
 use quorate_proto::KeyValueBytes;
 
@@ -72,6 +74,18 @@ pub struct RaftView {
     pub committed: AtomicU64,
     /// This member leads.
     pub leading: AtomicBool,
+    /// When raft last ticked, in milliseconds of [`Shared::now`].
+    pub ticked: AtomicU64,
+    /// `leader` for those who wait for another one.
+    pub leaders: watch::Sender<MemberId>,
+    /// When the last leaders came and went.
+    times: Mutex<LeaderTimes>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct LeaderTimes {
+    elected: Option<Uptime>,
+    lost: Option<Uptime>,
 }
 
 /// One member's shared state.
@@ -81,7 +95,7 @@ pub struct Shared {
     pub published: ArcSwap<Published>,
     pub raft: RaftView,
     /// Members that the peer network can reach.
-    pub reachable: Liveness,
+    pub reachable: Arc<Liveness>,
     /// Set while the engine gives space back.
     pub defragmenting: AtomicBool,
     /// Held while it does, and while it is replaced: both go by the names of its files.
@@ -105,7 +119,7 @@ impl Shared {
             member_id,
             published: ArcSwap::from_pointee(published),
             raft: RaftView::default(),
-            reachable: Liveness::default(),
+            reachable: Arc::default(),
             defragmenting: AtomicBool::new(false),
             reclaiming: Mutex::new(()),
             unwatched: Backlog::default(),
@@ -130,6 +144,63 @@ impl Shared {
             0 => None,
             id => Some(MemberId(id)),
         }
+    }
+
+    /// Notes who leads now, 0 for nobody; answers whether it was another one before, and whether this
+    /// member led.
+    pub fn set_leader(&self, leader: MemberId) -> (bool, bool) {
+        let view = &self.raft;
+        let changed = view.leader.swap(leader.0, Ordering::AcqRel) != leader.0;
+        let led = view.leading.swap(leader == self.member_id, Ordering::AcqRel);
+        if changed {
+            let mut times = view.times.lock();
+            if leader.0 == 0 {
+                times.lost = Some(self.now());
+            } else {
+                times.elected = Some(self.now());
+            }
+            drop(times);
+            view.leaders.send_replace(leader);
+        }
+        (changed, led)
+    }
+
+    /// Waits until a leader is known that `fits`; answers it.
+    pub async fn leader_that(&self, fits: impl Fn(MemberId) -> bool) -> MemberId {
+        let mut leaders = self.raft.leaders.subscribe();
+        let found = leaders.wait_for(|leader| leader.0 != 0 && fits(*leader)).await;
+        *found.expect("the sender lives in `self`")
+    }
+
+    /// What is known of the leader, for [`crate::core::reconfig::silence`].
+    pub fn leadership(&self) -> Leadership {
+        let times = *self.raft.times.lock();
+        Leadership {
+            leader: self.leader().unwrap_or_default(),
+            elected_ms: times.elected.map(|at| at.0),
+            lost_ms: times.lost.map(|at| at.0),
+        }
+    }
+
+    /// The time of [`Shared::now`] at `at`.
+    pub fn uptime_at(&self, at: Instant) -> Uptime {
+        Uptime(at.saturating_duration_since(self.started).as_millis() as u64)
+    }
+
+    /// How well this member is connected to another one.
+    pub fn contact(&self, id: MemberId) -> Contact {
+        match self.reachable.since(id) {
+            None => Contact::None,
+            Some(since) if since.elapsed() >= STABLE_AFTER => Contact::Stable,
+            Some(_) => Contact::Recent,
+        }
+    }
+
+    /// Whether raft ticks: a member that was stopped, or whose log hangs, may lead no more and not
+    /// know it yet.
+    pub fn ticks(&self, heartbeat: Duration) -> bool {
+        let silent = self.now().0.saturating_sub(self.raft.ticked.load(Ordering::Acquire));
+        u128::from(silent) <= 3 * heartbeat.as_millis()
     }
 
     /// Reads from the newest published state; once more if a compaction took away what was read.

@@ -5,7 +5,7 @@ use std::io::{BufWriter, Read, Seek, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use engine_api::Table;
@@ -16,7 +16,7 @@ use quorate_proto::etcdserverpb::downgrade_request::DowngradeAction;
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Request, Response, Status};
 
-use super::{Counted, Reply};
+use super::{Counted, Ending, Reply, client_timeout};
 use crate::actors::applier::Checkpoint;
 use crate::actors::export::{For, write_bbolt};
 use crate::config::duration::GoDuration;
@@ -215,6 +215,7 @@ impl Maintenance {
     async fn move_leader(
         self,
         request: pb::MoveLeaderRequest,
+        timeout: Option<Duration>,
     ) -> Result<pb::MoveLeaderResponse, Status> {
         let shared = &self.member.shared;
         if !shared.raft.leading.load(Ordering::Acquire) {
@@ -225,7 +226,16 @@ impl Maintenance {
             Some(member) if !member.is_learner => {}
             _ => return Err(status::bad_leader_transferee()),
         }
-        // The only voter is this member, and it leads already.
+        // The client gives up when this does; but one that does not look at its own clock is told why.
+        let forever = std::future::pending();
+        tokio::select! {
+            moved = self.member.transfer_leader(target) => moved?,
+            () = self.member.stopped() => return Err(status::stopped()),
+            () = async { match timeout {
+                Some(timeout) => tokio::time::sleep(timeout).await,
+                None => forever.await,
+            } } => return Err(status::timeout_leader_transfer()),
+        }
         Ok(pb::MoveLeaderResponse::default())
     }
 
@@ -346,6 +356,7 @@ impl pb::maintenance_server::Maintenance for Maintenance {
         request: Request<pb::SnapshotRequest>,
     ) -> Result<Response<Self::SnapshotStream>, Status> {
         let call = self.member.open_stream(Method::Snapshot, request.metadata(), true)?;
+        let leaderless = self.member.stream_leaderless(request.metadata());
         call.received(request.get_ref().encoded_len());
         let (sender, receiver) = mpsc::channel(CHUNKS_AHEAD);
         let this = self.clone();
@@ -358,14 +369,16 @@ impl pb::maintenance_server::Maintenance for Maintenance {
         let replies = stream::unfold(receiver, |mut receiver| async move {
             receiver.recv().await.map(|item| (item, receiver))
         });
-        Ok(Response::new(Box::pin(Counted::new(Box::pin(replies), call))))
+        let replies = Ending::new(Box::pin(replies), leaderless);
+        Ok(Response::new(Box::pin(Counted::new(replies, call))))
     }
 
     async fn move_leader(
         &self,
         request: Request<pb::MoveLeaderRequest>,
     ) -> Result<Response<pb::MoveLeaderResponse>, Status> {
-        let run = |r| Maintenance::move_leader(self.clone(), r);
+        let timeout = client_timeout(request.metadata());
+        let run = |r| Maintenance::move_leader(self.clone(), r, timeout);
         self.member.unary(Method::MoveLeader, |_| false, request, run).await
     }
 
