@@ -21,7 +21,8 @@ use crate::actors::disk::{OsDisk, SharedDisk};
 use crate::actors::exit::{Exit, Reason, full};
 use crate::actors::lease::LeaseManager;
 use crate::actors::monitor::Monitor;
-use crate::actors::raft::{self, AdvanceTicks, RaftActor, RequestError};
+use crate::actors::peers;
+use crate::actors::raft::{self, Abandon, AdvanceTicks, RaftActor, RequestError};
 use crate::actors::shared::{Published, Shared};
 use crate::actors::snapshot::{self, Snapshotter};
 use crate::actors::spawn::{Seat, arbiter};
@@ -50,11 +51,17 @@ use crate::transport::http::status::{ClientRules, client_router, metrics_router}
 use crate::transport::listener::{self, Bound, Served, Services, Workers};
 use crate::transport::member::{Limits, Member};
 use crate::transport::peer;
+use crate::transport::peer::network::{self, Net, Network, RaftLink};
+use crate::transport::peer::server::Door;
 
 /// File descriptors that are kept for everything but client connections (operations 1.4).
 const RESERVED_FILES: u64 = 150;
 /// A gRPC message may be larger than a request by this much (v3-api section 5).
 const GRPC_OVERHEAD: usize = 512 * 1024;
+/// Connections to the peer port: a few for each member, and those of the curious.
+const PEER_CONNECTIONS_MAX: usize = 4096;
+/// A connection to a peer has to stand within this and an election timeout (formats-and-peers 6.3).
+const PEER_DIAL_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often a starting member looks how many others it can reach.
 const REACHABLE_POLL: Duration = Duration::from_millis(50);
 /// Between two tries to publish, if the first was refused at once.
@@ -67,6 +74,8 @@ const TRANSPORT_THREADS_MAX: usize = 8;
 enum StartError {
     #[error("{0}")]
     Refused(String),
+    #[error("the member has been permanently removed from the cluster")]
+    Removed,
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
@@ -104,6 +113,10 @@ pub fn run(config: Config, _logging: Logging) -> ExitCode {
     let ended = system.block_on(async {
         match start(&config).await {
             Ok(daemon) => daemon.serve().await,
+            Err(StartError::Removed) => {
+                log_removed(&config);
+                Ended::Removed
+            }
             Err(error) => {
                 // etcd says this whatever kept it from starting; scripts look for it.
                 crate::fatal!(error = %full(&error), "discovery failed");
@@ -138,6 +151,9 @@ fn end_on_panic() {
     }));
 }
 
+/// How long a member that is refused by its own raft waits to hear why.
+const STOP_REASON: Duration = Duration::from_secs(2);
+
 /// How the member ended.
 enum Ended {
     Failed,
@@ -155,6 +171,8 @@ struct Found {
     machine: Machine,
     unfinished: Option<i64>,
     persistent: bool,
+    /// Members that the log does not tell of yet.
+    remotes: Vec<(MemberId, Vec<Url>)>,
 }
 
 /// A started member.
@@ -165,6 +183,7 @@ struct Daemon {
     exits: mpsc::UnboundedReceiver<Reason>,
     listeners: Vec<(&'static str, Url, Bound, Served)>,
     workers: Workers,
+    peer_workers: Workers,
     options: listener::Options,
     arbiters: Vec<Arbiter>,
     _lock: DataDirLock,
@@ -345,7 +364,18 @@ fn read_directory(
     let cluster_id = ClusterId(recovered.metadata.cluster_id());
     machine.members.local = member_id;
     machine.members.cluster_id = cluster_id;
-    Ok(Found { member_id, cluster_id, engine, log, recovered, machine, unfinished, persistent })
+    let remotes = birth.map_or_else(Vec::new, |birth| birth.remotes.clone());
+    Ok(Found {
+        member_id,
+        cluster_id,
+        engine,
+        log,
+        recovered,
+        machine,
+        unfinished,
+        persistent,
+        remotes,
+    })
 }
 
 /// Builds the raft node that goes on where the directory ends.
@@ -425,6 +455,9 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
             applied,
         )?;
     }
+    if found.machine.members.removed().any(|id| id == found.member_id) {
+        return Err(StartError::Removed);
+    }
     let threshold = config.storage.bootstrap_defrag_threshold_mib << 20;
     if threshold > 0 {
         let free = found.engine.size()?.saturating_sub(found.engine.size_in_use()?);
@@ -451,7 +484,9 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     );
     show_identity(&shared, config);
     let mut running = Running { arbiters: Vec::new() };
-    let (member, wal) = running.start_actors(config, found, node, &shared, &exit, disk, snapshots);
+    let peers_thread = running.arbiter("peers");
+    let Started { member, wal, door } =
+        running.start_actors(config, found, node, &shared, &exit, disk, snapshots, &peers_thread);
 
     let services = Arc::new(Services::new(
         &member,
@@ -464,10 +499,12 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         .map(|_| running.arbiter("transport"))
         .collect();
     let workers = Workers::new(threads, connections_max()?);
+    // The peer port is served where the peers are, so that a message changes threads once on its way.
+    let peer_workers = Workers::new(vec![peers_thread], PEER_CONNECTIONS_MAX);
     let listeners = bound
         .into_iter()
         .map(|(what, url, bound)| {
-            let served = served(what, config, &member, &services);
+            let served = served(what, config, &member, &services, &door);
             (what, url, bound, served)
         })
         .collect();
@@ -478,6 +515,7 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         exits,
         listeners,
         workers,
+        peer_workers,
         options,
         arbiters: running.arbiters,
         _lock: lock,
@@ -498,7 +536,13 @@ fn connections_max() -> Result<usize, StartError> {
     Ok(usize::try_from(soft - RESERVED_FILES).unwrap_or(usize::MAX))
 }
 
-fn served(what: &str, config: &Config, member: &Arc<Member>, services: &Arc<Services>) -> Served {
+fn served(
+    what: &str,
+    config: &Config,
+    member: &Arc<Member>,
+    services: &Arc<Services>,
+    door: &Arc<Door>,
+) -> Served {
     let subject: Arc<HttpMember> = Arc::new(HttpMember(member.clone()));
     let client = || {
         let origins = match &config.listen.cors {
@@ -512,11 +556,18 @@ fn served(what: &str, config: &Config, member: &Arc<Member>, services: &Arc<Serv
     let split = !config.listen.client_http_urls.is_empty();
     let only_http = |router: Router| Served { grpc: None, http: Some(router) };
     match what {
-        "peer" => only_http(peer::router(member.clone())),
+        "peer" => only_http(peer::router(member.clone(), door.clone())),
         "metrics" => only_http(metrics_router(subject, member.metrics)),
         "client-http" => only_http(client()),
         _ => Served { grpc: Some(services.clone()), http: (!split).then(client) },
     }
+}
+
+/// What is spoken to from outside once the actors run.
+struct Started {
+    member: Arc<Member>,
+    wal: Addr<WalWriter>,
+    door: Arc<Door>,
 }
 
 /// Arbiters that are stopped with the daemon.
@@ -542,7 +593,8 @@ impl Running {
         exit: &Exit,
         disk: SharedDisk,
         snapshots: SnapDir,
-    ) -> (Arc<Member>, Addr<WalWriter>) {
+        peers_thread: &ArbiterHandle,
+    ) -> Started {
         let raft_seat = Seat::<RaftActor>::new(raft::MAILBOX);
         let wal_seat = Seat::<WalWriter>::new(wal::MAILBOX);
         let applier_seat = Seat::<Applier>::new(64);
@@ -551,6 +603,7 @@ impl Running {
         let watch_seat = Seat::<WatchHub>::new(1024);
         let compactor_seat = Seat::<Compactor>::new(64);
         let snapshot_seat = Seat::<Snapshotter>::new(16);
+        let network_seat = Seat::<Network>::new(peers::MAILBOX);
         let election = Duration::from_millis(config.raft.election_ms);
         let quota = Quota(config.storage.quota_bytes);
 
@@ -569,6 +622,9 @@ impl Running {
                 quota_reported: config.storage.quota_bytes.map_or(-1, |bytes| bytes as i64),
                 request_timeout: config.raft.request_timeout(),
                 election,
+                heartbeat: Duration::from_millis(config.raft.heartbeat_ms),
+                strict_reconfig: config.cluster.strict_reconfig_check,
+                fast_keep_alive: config.gates.enabled(Gate::FastLeaseKeepAlive),
                 warning_unary: config.observe.warning_unary_request_duration,
                 warning_apply: config.observe.warning_apply_duration,
             },
@@ -582,7 +638,7 @@ impl Running {
             wal: wal_seat.addr(),
             applier: applier_seat.addr(),
             leases: lease_seat.addr().recipient(),
-            peers: None,
+            peers: Some(network_seat.addr().recipient()),
             exit: exit.clone(),
         };
         let raft_options = raft::Options {
@@ -590,6 +646,28 @@ impl Running {
             catch_up_entries: config.raft.snapshot_catchup_entries,
         };
         let raft_addr = raft_seat.addr();
+        let net = Net::new(
+            network::Links {
+                cluster_id: shared.cluster_id,
+                local: shared.member_id,
+                own_urls: config.cluster.advertise_peer_urls.clone(),
+                raft: RaftLink {
+                    step: raft_addr.clone().recipient(),
+                    unreachable: raft_addr.clone().recipient(),
+                    snapshot_done: raft_addr.clone().recipient(),
+                },
+                liveness: shared.reachable.clone(),
+                exit: exit.clone(),
+                metrics: Metrics::global(),
+                members: shared.published.load().members.clone(),
+            },
+            network::Options {
+                dial_timeout: PEER_DIAL_TIMEOUT + election,
+                read_timeout: config.raft.read_timeout,
+                write_timeout: config.raft.write_timeout,
+            },
+        );
+        let door = Arc::new(Door { net: net.clone(), network: network_seat.addr() });
         raft_seat
             .start_in(&self.arbiter("raft"), move || RaftActor::new(node, links, raft_options));
 
@@ -614,8 +692,11 @@ impl Running {
             promoted: lease_seat.addr().recipient(),
             compactor: compactor_seat.addr().recipient(),
             snapshotter: snapshot_seat.addr().recipient(),
+            peers: network_seat.addr().recipient(),
             exit: exit.clone(),
         };
+        let remotes = found.remotes;
+        network_seat.start_in(peers_thread, move || Network::new(net, remotes));
         let applier_options = applier::Options {
             batch_interval: config.storage.batch_interval,
             batch_limit: config.storage.batch_limit as usize,
@@ -687,7 +768,7 @@ impl Running {
         snapshot_seat.start_in(&cold, move || {
             Snapshotter::new(disk, snapshots, snapshot_wal, exit_snapshot, snapshot_options)
         });
-        (member, wal_addr)
+        Started { member, wal: wal_addr, door }
     }
 }
 
@@ -748,10 +829,11 @@ impl Daemon {
         let started = Instant::now();
         tracing::info!("starting etcd server");
         self.log_addresses();
-        let stop = watch::Sender::new(false);
+        let (stop, peers_stop) = (watch::Sender::new(false), watch::Sender::new(false));
         let (failures, mut listener_failed) = mpsc::unbounded_channel();
         // What is published below needs a leader, and that needs the other members.
-        self.listen(|what| matches!(what, "peer" | "metrics"), &stop, &failures);
+        self.listen(|what| what == "peer", &peers_stop, &failures);
+        self.listen(|what| what == "metrics", &stop, &failures);
         actix::spawn(advance_ticks(self.member.clone(), self.config.raft.clone()));
         // Handlers are there once a member has started; before, a signal simply ends it.
         let published = tokio::select! {
@@ -760,7 +842,9 @@ impl Daemon {
             Some(error) = listener_failed.recv() => return listener_ended(&error),
         };
         if !published {
-            return Ended::Failed;
+            // Why, is told in a moment: a member that was removed goes on for a second.
+            let reason = tokio::time::timeout(STOP_REASON, self.exits.recv()).await;
+            return self.failed(reason.ok().flatten());
         }
         let (mut interrupts, mut terminations) =
             match (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) {
@@ -783,15 +867,22 @@ impl Daemon {
         // Nothing asks a monitor anything: it lives as long as the thread does.
         Monitor::new(self.member.shared.clone(), self.member.raft.clone(), server_version())
             .start();
-        let signal = tokio::select! {
-            _ = interrupts.recv() => Signal::SIGINT,
-            _ = terminations.recv() => Signal::SIGTERM,
-            reason = self.exits.recv() => return self.failed(reason),
+        let ended = tokio::select! {
+            _ = interrupts.recv() => Ended::Signal(Signal::SIGINT),
+            _ = terminations.recv() => Ended::Signal(Signal::SIGTERM),
+            reason = self.exits.recv() => self.failed(reason),
             Some(error) = listener_failed.recv() => return listener_ended(&error),
         };
-        tracing::info!(signal = %signal_name(signal), "received signal; shutting down");
-        self.stop(&stop).await;
-        Ended::Signal(signal)
+        match ended {
+            Ended::Failed => return ended,
+            // Nobody else will answer those who wait.
+            Ended::Removed => self.member.raft.do_send(Abandon),
+            Ended::Signal(signal) => {
+                tracing::info!(signal = %signal_name(signal), "received signal; shutting down");
+            }
+        }
+        self.stop(&stop, &peers_stop).await;
+        ended
     }
 
     /// The line that says where everything is; the sockets are bound.
@@ -812,7 +903,10 @@ impl Daemon {
     /// The member has stopped itself. What is acknowledged is in the log; nothing more is written.
     fn failed(&self, reason: Option<Reason>) -> Ended {
         match reason {
-            Some(Reason::Removed) => Ended::Removed,
+            Some(Reason::Removed) => {
+                log_removed(&self.config);
+                Ended::Removed
+            }
             Some(Reason::Failed { part, error }) => {
                 crate::fatal!(part, error, "member stopped");
                 Ended::Failed
@@ -821,7 +915,7 @@ impl Daemon {
         }
     }
 
-    /// Starts accepting on the listeners that `wanted` picks by what they serve.
+    /// Starts accepting on the listeners that `wanted` picks by what they serve, until `stop` turns true.
     fn listen(
         &mut self,
         wanted: fn(&str) -> bool,
@@ -829,19 +923,15 @@ impl Daemon {
         failures: &mpsc::UnboundedSender<std::io::Error>,
     ) {
         for (what, url, bound, served) in self.listeners.extract_if(.., |(what, ..)| wanted(what)) {
+            let workers = if what == "peer" { &self.peer_workers } else { &self.workers };
             let serving = match what {
                 "peer" => "serving peer traffic",
                 "metrics" => "serving metrics",
                 _ => "serving client traffic",
             };
             tracing::info!(address = url.as_str(), "{serving}");
-            let accepting = listener::accept(
-                bound,
-                served,
-                self.workers.clone(),
-                self.options,
-                stop.subscribe(),
-            );
+            let accepting =
+                listener::accept(bound, served, workers.clone(), self.options, stop.subscribe());
             let failures = failures.clone();
             actix::spawn(async move {
                 if let Err(error) = accepting.await {
@@ -852,13 +942,14 @@ impl Daemon {
     }
 
     /// Stops in the order of operations 6.5: clients first, the disk last.
-    async fn stop(mut self, stop: &watch::Sender<bool>) {
+    async fn stop(mut self, stop: &watch::Sender<bool>, peers_stop: &watch::Sender<bool>) {
         let deadline = Instant::now() + self.config.raft.request_timeout();
         stop.send_replace(true);
         self.member.stopping.send_replace(true);
         while self.workers.connections() > 0 && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        self.member.hand_over().await;
         let (reply, durable) = oneshot::channel();
         self.member.applier.do_send(Checkpoint(reply));
         let checkpoint = tokio::time::timeout(self.config.raft.request_timeout(), durable).await;
@@ -871,6 +962,7 @@ impl Daemon {
         if self.wal.send(Close).await.is_err() {
             tracing::warn!("write-ahead log was closed already");
         }
+        peers_stop.send_replace(true);
         for arbiter in self.arbiters.drain(..) {
             arbiter.stop();
         }
@@ -883,6 +975,18 @@ impl Daemon {
 }
 
 /// A member that does not listen any more must not look as if it did.
+/// What etcd says when its member has been removed, and why it stops.
+fn log_removed(config: &Config) {
+    tracing::warn!(
+        error = "the member has been permanently removed from the cluster",
+        "server error"
+    );
+    tracing::warn!(
+        "data-dir" = %config.member.data_dir.display(),
+        "data-dir used by this member must be removed"
+    );
+}
+
 fn listener_ended(error: &std::io::Error) -> Ended {
     crate::fatal!(error = %full(error), "listener failed");
     Ended::Failed

@@ -70,7 +70,7 @@ pub struct Remaining(pub LeaseId);
 #[rtype(result = "Vec<LeaseId>")]
 pub struct ListLeases;
 
-/// AsLeader under way at once (v3-api 3.9).
+/// Revokes under way at once (v3-api 3.9).
 const REVOKES_IN_FLIGHT: usize = 16;
 
 /// Owns the deadlines.

@@ -65,6 +65,12 @@ pub enum RequestError {
     NoLeader,
     #[error("request took longer than the request timeout")]
     TimedOut,
+    #[error("request took longer than the request timeout, in which the leader was lost")]
+    LeaderFailed,
+    #[error("request took longer than the request timeout, in which the leader was out of reach")]
+    ConnectionLost,
+    #[error("what was committed took too long to apply")]
+    NotApplied,
     #[error("too many entries are committed but not applied")]
     TooManyRequests,
     #[error("request is larger than the log takes")]
