@@ -899,7 +899,6 @@ impl Daemon {
     }
 }
 
-/// A member that does not listen any more must not look as if it did.
 /// What etcd says when its member has been removed, and why it stops.
 fn log_removed(config: &Config) {
     tracing::warn!(
@@ -912,6 +911,7 @@ fn log_removed(config: &Config) {
     );
 }
 
+/// A member that does not listen any more must not look as if it did.
 fn listener_ended(error: &std::io::Error) -> Ended {
     crate::fatal!(error = %full(error), "listener failed");
     Ended::Failed
