@@ -21,7 +21,8 @@ use crate::actors::disk::{OsDisk, SharedDisk};
 use crate::actors::exit::{Exit, Reason, full};
 use crate::actors::lease::LeaseManager;
 use crate::actors::monitor::Monitor;
-use crate::actors::raft::{self, Abandon, RaftActor};
+use crate::actors::peers;
+use crate::actors::raft::{self, Abandon, AdvanceTicks, RaftActor, RequestError};
 use crate::actors::shared::{Published, Shared};
 use crate::actors::snapshot::{self, Snapshotter};
 use crate::actors::spawn::{Seat, arbiter};
@@ -29,6 +30,7 @@ use crate::actors::wal::{self, Close, WalWriter};
 use crate::actors::watch::WatchHub;
 use crate::bootstrap::{self, Birth, BootstrapError, Plan};
 use crate::cli::ETCD_VERSION;
+use crate::config::duration::GoDuration;
 use crate::config::{Config, ConfigError, EngineKind, Gate, Origins, Retention, Url};
 use crate::core::apply::{Machine, STORAGE_VERSION};
 use crate::core::autocompact::{self, AutoCompaction};
@@ -49,11 +51,21 @@ use crate::transport::http::status::{ClientRules, client_router, metrics_router}
 use crate::transport::listener::{self, Bound, Served, Services, Workers};
 use crate::transport::member::{Limits, Member};
 use crate::transport::peer;
+use crate::transport::peer::network::{self, Net, Network, RaftLink};
+use crate::transport::peer::server::Door;
 
 /// File descriptors that are kept for everything but client connections (operations 1.4).
 const RESERVED_FILES: u64 = 150;
 /// A gRPC message may be larger than a request by this much (v3-api section 5).
 const GRPC_OVERHEAD: usize = 512 * 1024;
+/// Connections to the peer port: a few for each member, and those of the curious.
+const PEER_CONNECTIONS_MAX: usize = 4096;
+/// A connection to a peer has to stand within this and an election timeout (formats-and-peers 6.3).
+const PEER_DIAL_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often a starting member looks how many others it can reach.
+const REACHABLE_POLL: Duration = Duration::from_millis(50);
+/// Between two tries to publish, if the first was refused at once.
+const PUBLISH_PAUSE: Duration = Duration::from_millis(100);
 /// Transport threads at most: more do not help while one thread applies.
 const TRANSPORT_THREADS_MAX: usize = 8;
 
@@ -159,6 +171,8 @@ struct Found {
     machine: Machine,
     unfinished: Option<i64>,
     persistent: bool,
+    /// Members that the log does not tell of yet.
+    remotes: Vec<(MemberId, Vec<Url>)>,
 }
 
 /// A started member.
@@ -169,6 +183,7 @@ struct Daemon {
     exits: mpsc::UnboundedReceiver<Reason>,
     listeners: Vec<(&'static str, Url, Bound, Served)>,
     workers: Workers,
+    peer_workers: Workers,
     options: listener::Options,
     arbiters: Vec<Arbiter>,
     _lock: DataDirLock,
@@ -349,7 +364,18 @@ fn read_directory(
     let cluster_id = ClusterId(recovered.metadata.cluster_id());
     machine.members.local = member_id;
     machine.members.cluster_id = cluster_id;
-    Ok(Found { member_id, cluster_id, engine, log, recovered, machine, unfinished, persistent })
+    let remotes = birth.map_or_else(Vec::new, |birth| birth.remotes.clone());
+    Ok(Found {
+        member_id,
+        cluster_id,
+        engine,
+        log,
+        recovered,
+        machine,
+        unfinished,
+        persistent,
+        remotes,
+    })
 }
 
 /// Builds the raft node that goes on where the directory ends.
@@ -417,13 +443,18 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     };
     // A port that is taken is found out before the directory is touched.
     let bound = bind_all(config, &options)?;
-    let birth = match plan {
-        Plan::Restart => None,
-        Plan::Found => Some(bootstrap::found::found(config)?),
-        Plan::Join => return Err(StartError::Refused("joining is not there yet".into())),
-    };
+    let birth = bootstrap::birth(config, plan, server_version()).await?;
     let snapshots = SnapDir::open(disk.clone(), &config.member.snap_dir())?;
-    let found = read_directory(config, &disk, birth.as_ref())?;
+    let mut found = read_directory(config, &disk, birth.as_ref())?;
+    if config.cluster.force_new && plan == Plan::Restart {
+        let applied = found.machine.applied();
+        bootstrap::force::force(
+            &mut found.log,
+            &mut found.recovered,
+            &found.machine.members,
+            applied,
+        )?;
+    }
     if found.machine.members.removed().any(|id| id == found.member_id) {
         return Err(StartError::Removed);
     }
@@ -453,7 +484,9 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     );
     show_identity(&shared, config);
     let mut running = Running { arbiters: Vec::new() };
-    let (member, wal) = running.start_actors(config, found, node, &shared, &exit, disk, snapshots);
+    let peers_thread = running.arbiter("peers");
+    let Started { member, wal, door } =
+        running.start_actors(config, found, node, &shared, &exit, disk, snapshots, &peers_thread);
 
     let services = Arc::new(Services::new(
         &member,
@@ -466,10 +499,12 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         .map(|_| running.arbiter("transport"))
         .collect();
     let workers = Workers::new(threads, connections_max()?);
+    // The peer port is served where the peers are, so that a message changes threads once on its way.
+    let peer_workers = Workers::new(vec![peers_thread], PEER_CONNECTIONS_MAX);
     let listeners = bound
         .into_iter()
         .map(|(what, url, bound)| {
-            let served = served(what, config, &member, &services);
+            let served = served(what, config, &member, &services, &door);
             (what, url, bound, served)
         })
         .collect();
@@ -480,6 +515,7 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         exits,
         listeners,
         workers,
+        peer_workers,
         options,
         arbiters: running.arbiters,
         _lock: lock,
@@ -500,7 +536,13 @@ fn connections_max() -> Result<usize, StartError> {
     Ok(usize::try_from(soft - RESERVED_FILES).unwrap_or(usize::MAX))
 }
 
-fn served(what: &str, config: &Config, member: &Arc<Member>, services: &Arc<Services>) -> Served {
+fn served(
+    what: &str,
+    config: &Config,
+    member: &Arc<Member>,
+    services: &Arc<Services>,
+    door: &Arc<Door>,
+) -> Served {
     let subject: Arc<HttpMember> = Arc::new(HttpMember(member.clone()));
     let client = || {
         let origins = match &config.listen.cors {
@@ -514,11 +556,18 @@ fn served(what: &str, config: &Config, member: &Arc<Member>, services: &Arc<Serv
     let split = !config.listen.client_http_urls.is_empty();
     let only_http = |router: Router| Served { grpc: None, http: Some(router) };
     match what {
-        "peer" => only_http(peer::router(member.clone())),
+        "peer" => only_http(peer::router(member.clone(), door.clone())),
         "metrics" => only_http(metrics_router(subject, member.metrics)),
         "client-http" => only_http(client()),
         _ => Served { grpc: Some(services.clone()), http: (!split).then(client) },
     }
+}
+
+/// What is spoken to from outside once the actors run.
+struct Started {
+    member: Arc<Member>,
+    wal: Addr<WalWriter>,
+    door: Arc<Door>,
 }
 
 /// Arbiters that are stopped with the daemon.
@@ -544,7 +593,8 @@ impl Running {
         exit: &Exit,
         disk: SharedDisk,
         snapshots: SnapDir,
-    ) -> (Arc<Member>, Addr<WalWriter>) {
+        peers_thread: &ArbiterHandle,
+    ) -> Started {
         let raft_seat = Seat::<RaftActor>::new(raft::MAILBOX);
         let wal_seat = Seat::<WalWriter>::new(wal::MAILBOX);
         let applier_seat = Seat::<Applier>::new(64);
@@ -553,6 +603,7 @@ impl Running {
         let watch_seat = Seat::<WatchHub>::new(1024);
         let compactor_seat = Seat::<Compactor>::new(64);
         let snapshot_seat = Seat::<Snapshotter>::new(16);
+        let network_seat = Seat::<Network>::new(peers::MAILBOX);
         let election = Duration::from_millis(config.raft.election_ms);
         let quota = Quota(config.storage.quota_bytes);
 
@@ -587,7 +638,7 @@ impl Running {
             wal: wal_seat.addr(),
             applier: applier_seat.addr(),
             leases: lease_seat.addr().recipient(),
-            peers: None,
+            peers: Some(network_seat.addr().recipient()),
             exit: exit.clone(),
         };
         let raft_options = raft::Options {
@@ -595,6 +646,28 @@ impl Running {
             catch_up_entries: config.raft.snapshot_catchup_entries,
         };
         let raft_addr = raft_seat.addr();
+        let net = Net::new(
+            network::Links {
+                cluster_id: shared.cluster_id,
+                local: shared.member_id,
+                own_urls: config.cluster.advertise_peer_urls.clone(),
+                raft: RaftLink {
+                    step: raft_addr.clone().recipient(),
+                    unreachable: raft_addr.clone().recipient(),
+                    snapshot_done: raft_addr.clone().recipient(),
+                },
+                liveness: shared.reachable.clone(),
+                exit: exit.clone(),
+                metrics: Metrics::global(),
+                members: shared.published.load().members.clone(),
+            },
+            network::Options {
+                dial_timeout: PEER_DIAL_TIMEOUT + election,
+                read_timeout: config.raft.read_timeout,
+                write_timeout: config.raft.write_timeout,
+            },
+        );
+        let door = Arc::new(Door { net: net.clone(), network: network_seat.addr() });
         raft_seat
             .start_in(&self.arbiter("raft"), move || RaftActor::new(node, links, raft_options));
 
@@ -619,8 +692,11 @@ impl Running {
             promoted: lease_seat.addr().recipient(),
             compactor: compactor_seat.addr().recipient(),
             snapshotter: snapshot_seat.addr().recipient(),
+            peers: network_seat.addr().recipient(),
             exit: exit.clone(),
         };
+        let remotes = found.remotes;
+        network_seat.start_in(peers_thread, move || Network::new(net, remotes));
         let applier_options = applier::Options {
             batch_interval: config.storage.batch_interval,
             batch_limit: config.storage.batch_limit as usize,
@@ -692,7 +768,7 @@ impl Running {
         snapshot_seat.start_in(&cold, move || {
             Snapshotter::new(disk, snapshots, snapshot_wal, exit_snapshot, snapshot_options)
         });
-        (member, wal_addr)
+        Started { member, wal: wal_addr, door }
     }
 }
 
@@ -753,10 +829,12 @@ impl Daemon {
         let started = Instant::now();
         tracing::info!("starting etcd server");
         self.log_addresses();
-        let stop = watch::Sender::new(false);
+        let (stop, peers_stop) = (watch::Sender::new(false), watch::Sender::new(false));
         let (failures, mut listener_failed) = mpsc::unbounded_channel();
         // What is published below needs a leader, and that needs the other members.
-        self.listen(|what| matches!(what, "peer" | "metrics"), &stop, &failures);
+        self.listen(|what| what == "peer", &peers_stop, &failures);
+        self.listen(|what| what == "metrics", &stop, &failures);
+        actix::spawn(advance_ticks(self.member.clone(), self.config.raft.clone()));
         // Handlers are there once a member has started; before, a signal simply ends it.
         let published = tokio::select! {
             published = publish(&self.member, &self.config) => published,
@@ -803,7 +881,7 @@ impl Daemon {
                 tracing::info!(signal = %signal_name(signal), "received signal; shutting down");
             }
         }
-        self.stop(&stop).await;
+        self.stop(&stop, &peers_stop).await;
         ended
     }
 
@@ -837,7 +915,7 @@ impl Daemon {
         }
     }
 
-    /// Starts accepting on the listeners that `wanted` picks by what they serve.
+    /// Starts accepting on the listeners that `wanted` picks by what they serve, until `stop` turns true.
     fn listen(
         &mut self,
         wanted: fn(&str) -> bool,
@@ -845,19 +923,15 @@ impl Daemon {
         failures: &mpsc::UnboundedSender<std::io::Error>,
     ) {
         for (what, url, bound, served) in self.listeners.extract_if(.., |(what, ..)| wanted(what)) {
+            let workers = if what == "peer" { &self.peer_workers } else { &self.workers };
             let serving = match what {
                 "peer" => "serving peer traffic",
                 "metrics" => "serving metrics",
                 _ => "serving client traffic",
             };
             tracing::info!(address = url.as_str(), "{serving}");
-            let accepting = listener::accept(
-                bound,
-                served,
-                self.workers.clone(),
-                self.options,
-                stop.subscribe(),
-            );
+            let accepting =
+                listener::accept(bound, served, workers.clone(), self.options, stop.subscribe());
             let failures = failures.clone();
             actix::spawn(async move {
                 if let Err(error) = accepting.await {
@@ -868,7 +942,7 @@ impl Daemon {
     }
 
     /// Stops in the order of operations 6.5: clients first, the disk last.
-    async fn stop(mut self, stop: &watch::Sender<bool>) {
+    async fn stop(mut self, stop: &watch::Sender<bool>, peers_stop: &watch::Sender<bool>) {
         let deadline = Instant::now() + self.config.raft.request_timeout();
         stop.send_replace(true);
         self.member.stopping.send_replace(true);
@@ -888,6 +962,7 @@ impl Daemon {
         if self.wal.send(Close).await.is_err() {
             tracing::warn!("write-ahead log was closed already");
         }
+        peers_stop.send_replace(true);
         for arbiter in self.arbiters.drain(..) {
             arbiter.stop();
         }
@@ -932,38 +1007,88 @@ fn signal_name(signal: Signal) -> &'static str {
     }
 }
 
+/// Skips most of the first election timeout once more than one other member can be reached: enough is
+/// left of it to hear of a leader that there may be (operations 2.9). A member that is alone campaigns
+/// by itself.
+async fn advance_ticks(member: Arc<Member>, raft: crate::config::Raft) {
+    let election_ticks = raft.election_ticks();
+    if member.now().members.members().len() == 1 {
+        return;
+    }
+    if !raft.initial_election_tick_advance {
+        tracing::info!("election-ticks" = election_ticks, "skipping initial election tick advance");
+        return;
+    }
+    tracing::info!("election-ticks" = election_ticks, "starting initial election tick advance");
+    let deadline = Instant::now() + raft.read_timeout;
+    while Instant::now() < deadline {
+        tokio::time::sleep(REACHABLE_POLL).await;
+        let active = member.shared.reachable.count();
+        if active > 1 {
+            let ticks = election_ticks.saturating_sub(2);
+            tracing::info!(
+                "local-member-id" = %member.shared.member_id,
+                "forward-ticks" = ticks,
+                "forward-duration" = %GoDuration::from(tick_time(&raft, ticks)),
+                "election-ticks" = election_ticks,
+                "election-timeout" = %GoDuration::from(tick_time(&raft, election_ticks)),
+                "active-remote-members" = active,
+                "initialized peer connections; fast-forwarding election ticks"
+            );
+            member.raft.do_send(AdvanceTicks(usize::try_from(ticks).unwrap_or(usize::MAX)));
+            return;
+        }
+    }
+}
+
+fn tick_time(raft: &crate::config::Raft, ticks: u64) -> Duration {
+    Duration::from_millis(raft.heartbeat_ms.saturating_mul(ticks))
+}
+
 /// Publishes name and client URLs through the log, until that has been applied: the member is ready
-/// only then (operations 2.9). Answers false if the member is stopping.
+/// only then (operations 2.9). Without a leader that takes as long as there is none; each try waits
+/// for the request timeout. Answers false if the member is stopping.
 async fn publish(member: &Arc<Member>, config: &Config) -> bool {
+    let name = &config.member.name;
+    let client_urls: Vec<String> =
+        config.cluster.advertise_client_urls.iter().map(|url| url.as_str().to_string()).collect();
+    let attributes = format!("{{Name:{name} ClientURLs:[{}]}}", client_urls.join(" "));
+    let timeout = GoDuration::from(config.raft.request_timeout());
     let request = Request::ClusterMemberAttrSet(membershippb::ClusterMemberAttrSetRequest {
         member_id: member.shared.member_id.0,
-        member_attributes: Some(membershippb::Attributes {
-            name: config.member.name.clone(),
-            client_urls: config
-                .cluster
-                .advertise_client_urls
-                .iter()
-                .map(|url| url.as_str().to_string())
-                .collect(),
-        }),
+        member_attributes: Some(membershippb::Attributes { name: name.clone(), client_urls }),
     });
     loop {
-        match member.propose(request.clone()).await {
+        let error = match member.propose(request.clone()).await {
             Ok(_) => break,
-            Err(crate::actors::raft::RequestError::Stopped) => return false,
-            Err(error) => {
+            Err(RequestError::Stopped) => {
                 tracing::warn!(
                     "local-member-id" = %member.shared.member_id,
-                    %error,
-                    "failed to publish local member to cluster through raft"
+                    "local-member-attributes" = attributes,
+                    "publish-timeout" = %timeout,
+                    "stopped publish because server is stopping"
                 );
+                return false;
             }
+            Err(error) => error,
+        };
+        tracing::warn!(
+            "local-member-id" = %member.shared.member_id,
+            "local-member-attributes" = attributes,
+            "publish-timeout" = %timeout,
+            %error,
+            "failed to publish local member to cluster through raft"
+        );
+        if !matches!(error, RequestError::TimedOut | RequestError::NoLeader) {
+            // It was refused without any wait.
+            tokio::time::sleep(PUBLISH_PAUSE).await;
         }
     }
     tracing::info!(
         "local-member-id" = %member.shared.member_id,
+        "local-member-attributes" = attributes,
         "cluster-id" = %member.shared.cluster_id,
-        "publish-timeout" = ?config.raft.request_timeout(),
+        "publish-timeout" = %timeout,
         "published local member to cluster through raft"
     );
     true

@@ -499,8 +499,8 @@ fn rules_are_told_in_the_words_of_etcd() {
             "not supported yet: --auth-token (jwt)",
         ),
         (
-            &["--enable-pprof", "--force-new-cluster"],
-            "not supported yet: --enable-pprof (profiling), --force-new-cluster (membership)",
+            &["--enable-pprof", "--enable-distributed-tracing"],
+            "not supported yet: --enable-pprof (profiling), --enable-distributed-tracing (tracing)",
         ),
         (
             &["--corrupt-check-time=1h"],

@@ -1,9 +1,9 @@
 //! The applier: committed entries in index order, once; replies, events, engine batches.
 //!
 //! in:  `Apply` from actors/raft.rs, `Committed` from actors/committer.rs, `CompactSlice` from
-//!      actors/compactor.rs, `Checkpoint` from actors/snapshot.rs and the daemon
+//!      actors/compactor.rs, `Checkpoint` from transport and the daemon, `Flush` from actors/export.rs
 //! out: `Applied`, `ConfChanged` to actors/raft.rs; `Events` to actors/watch.rs; `LeaseChanges` to
-//!      actors/lease.rs; `Commit` to actors/committer.rs; `Compacted` to actors/compactor.rs;
+//!      actors/lease.rs; `Members` to the peer network; `Commit` to actors/committer.rs; `Compacted` to actors/compactor.rs;
 //!      `TakeSnapshot` to actors/snapshot.rs
 //!
 //! After each batch of entries: publish, then tell the followers of the store, then answer callers. So
@@ -26,6 +26,7 @@ use crate::actors::committer::{BatchCommitter, Commit, Committed};
 use crate::actors::compactor::Compacted;
 use crate::actors::exit::Exit;
 use crate::actors::lease::{LeaseChanges, Promoted};
+use crate::actors::peers::Members;
 use crate::actors::raft::{
     Abandon, Answer, Answered, Applied, ConfChanged, Proposal, RaftActor, RequestError, Requests,
 };
@@ -65,6 +66,12 @@ pub struct CompactSlice {
 #[rtype(result = "()")]
 pub struct Checkpoint(pub oneshot::Sender<Index>);
 
+/// Brings everything applied so far into the engine, where a view shows it; answers the index. It need
+/// not outlive a crash.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Flush(pub oneshot::Sender<Index>);
+
 /// When a batch for the engine is cut, and what else the applier is told once.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
@@ -100,6 +107,8 @@ pub struct Links {
     pub promoted: Recipient<Promoted>,
     pub compactor: Recipient<Compacted>,
     pub snapshotter: Recipient<TakeSnapshot>,
+    /// The peer network.
+    pub peers: Recipient<Members>,
     pub exit: Exit,
 }
 
@@ -120,6 +129,8 @@ pub struct Applier {
     durable_wanted: bool,
     /// Callers whose checkpoint the next cut is.
     checkpoints: Vec<oneshot::Sender<Index>>,
+    /// Callers whose flush the next cut is.
+    flushes: Vec<oneshot::Sender<Index>>,
     in_flight: InFlight,
     snapshot_index: Index,
     snapshot_wanted: bool,
@@ -131,6 +142,7 @@ struct InFlight {
     term: Term,
     members: Option<Arc<Membership>>,
     checkpoints: Vec<oneshot::Sender<Index>>,
+    flushes: Vec<oneshot::Sender<Index>>,
 }
 
 impl Applier {
@@ -149,6 +161,7 @@ impl Applier {
             last_durable: Instant::now(),
             durable_wanted: false,
             checkpoints: Vec::new(),
+            flushes: Vec::new(),
             in_flight: InFlight::default(),
             snapshot_index: options.snapshot_index,
             snapshot_wanted: false,
@@ -324,6 +337,10 @@ impl Applier {
             self.metrics.compact_revision.set(at as f64);
             self.links.compactor.do_send(Compacted(at));
         }
+        if effects.members {
+            let members = self.links.shared.published.load().members.clone();
+            self.links.peers.do_send(Members(members));
+        }
         if effects.alarms {
             self.show_alarms();
         }
@@ -361,10 +378,11 @@ impl Applier {
         }
         let (waiting, dirty) = self.machine.waiting();
         self.metrics.overlay_writes.set(self.machine.store.now().uncommitted() as f64);
-        if self.committing || !(dirty || self.durable_wanted) {
+        let due = self.durable_wanted || !self.flushes.is_empty();
+        if self.committing || !(dirty || due) {
             return;
         }
-        if waiting >= self.options.batch_limit || self.durable_wanted {
+        if waiting >= self.options.batch_limit || due {
             self.cut();
         } else if !self.cut_due {
             self.cut_due = true;
@@ -393,6 +411,7 @@ impl Applier {
             term: self.machine.term(),
             members: Some(now.members.clone()),
             checkpoints: std::mem::take(&mut self.checkpoints),
+            flushes: std::mem::take(&mut self.flushes),
         };
         let engine = now.engine.clone();
         self.links.committer.do_send(Commit { engine, batch, index, durability });
@@ -432,6 +451,9 @@ impl Handler<Committed> for Applier {
         self.machine.store.committed();
         self.publish(&Effects::default());
         let done = std::mem::take(&mut self.in_flight);
+        for flush in done.flushes {
+            answer(flush, committed.index);
+        }
         if committed.durable {
             for checkpoint in done.checkpoints {
                 answer(checkpoint, committed.index);
@@ -471,6 +493,17 @@ impl Handler<Checkpoint> for Applier {
     fn handle(&mut self, Checkpoint(reply): Checkpoint, _: &mut Self::Context) {
         self.checkpoints.push(reply);
         self.durable_wanted = true;
+        if !self.committing {
+            self.cut();
+        }
+    }
+}
+
+impl Handler<Flush> for Applier {
+    type Result = ();
+
+    fn handle(&mut self, Flush(reply): Flush, _: &mut Self::Context) {
+        self.flushes.push(reply);
         if !self.committing {
             self.cut();
         }

@@ -52,9 +52,8 @@ impl Exit {
         drop(self.reasons.send(Reason::Failed { part, error: text }));
     }
 
-    /// Reports that this member does not belong to the cluster any more.
+    /// This member was removed from the cluster: it stops, and that is no failure.
     pub fn removed(&self) {
-        // As in `fail`.
         drop(self.reasons.send(Reason::Removed));
     }
 

@@ -1,7 +1,7 @@
 //! The raft actor: ticks and steps the node, and hands out what it decides.
 //!
 //! in:  `Requests`, `ChangeConf`, `TransferLeader`, `AwaitApplied` from transport, `AsLeader` from
-//!      actors/lease.rs, `Abandon` from the daemon, `Step`, `Unreachable`, `SnapshotDone`
+//!      actors/lease.rs, `Abandon`, `AdvanceTicks` from the daemon, `Step`, `Unreachable`, `SnapshotDone`
 //!      from the peer network, `Persisted` from actors/wal.rs, `Applied` and `ConfChanged` from
 //!      actors/applier.rs
 //! out: `Append` to actors/wal.rs, `Apply` to actors/applier.rs, `Send` to the peer network,
@@ -161,6 +161,12 @@ pub struct Abandon;
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct TransferLeader(pub MemberId);
+
+/// Lets so many ticks pass at once, unless a leader is known. A member that has just found its peers
+/// need not wait a whole election timeout; one that hears of a leader must not disturb it.
+#[derive(Message, Clone, Copy, PartialEq, Eq, Debug)]
+#[rtype(result = "()")]
+pub struct AdvanceTicks(pub usize);
 
 #[derive(Message)]
 #[rtype(result = "()")]
@@ -670,6 +676,17 @@ impl Handler<ConfChanged> for RaftActor {
             answer(proposer, result);
         }
         self.drive_soon(ctx);
+    }
+}
+
+impl Handler<AdvanceTicks> for RaftActor {
+    type Result = ();
+
+    fn handle(&mut self, AdvanceTicks(ticks): AdvanceTicks, ctx: &mut Self::Context) {
+        if self.shared.leader().is_none() {
+            self.node.advance_ticks(ticks);
+            self.drive_soon(ctx);
+        }
     }
 }
 

@@ -95,7 +95,7 @@ pub struct Shared {
     pub published: ArcSwap<Published>,
     pub raft: RaftView,
     /// Members that the peer network can reach.
-    pub reachable: Liveness,
+    pub reachable: Arc<Liveness>,
     /// Set while the engine gives space back.
     pub defragmenting: AtomicBool,
     /// What the applier has told the watch hub and the hub has not heard yet.
@@ -117,7 +117,7 @@ impl Shared {
             member_id,
             published: ArcSwap::from_pointee(published),
             raft: RaftView::default(),
-            reachable: Liveness::default(),
+            reachable: Arc::default(),
             defragmenting: AtomicBool::new(false),
             unwatched: Backlog::default(),
             started: Instant::now(),

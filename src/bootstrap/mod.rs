@@ -5,7 +5,10 @@
 //! What the plan leads to is a [`Birth`]: identities and the first entries of the log. Only the
 //! functions named for it ask other members or write files; the rest is decided from values.
 
+pub mod force;
 pub mod found;
+pub mod join;
+pub mod remote;
 
 use std::net::{IpAddr, ToSocketAddrs};
 use std::path::Path;
@@ -13,10 +16,15 @@ use std::time::{Duration, Instant};
 
 use quorate_proto::{raftpb, walpb};
 
+use self::join::MatchError;
+use self::remote::RemoteError;
+
 use crate::actors::disk::SharedDisk;
 use crate::config::duration::GoDuration;
 use crate::config::{ClusterState, Config, ConfigError, Url};
-use crate::core::types::{ClusterId, MemberId};
+use crate::core::membership::Version;
+use crate::core::raft::confchange::ConfChangeError;
+use crate::core::types::{ClusterId, Index, MemberId};
 use crate::storage::wal_log::{WalError, WalLog};
 
 /// How long, and how often, a host name of a first start is looked up (operations 2.3).
@@ -35,6 +43,24 @@ pub enum BootstrapError {
     ZeroId(String),
     #[error("member {0} has already been bootstrapped")]
     AlreadyBootstrapped(MemberId),
+    #[error("cannot fetch cluster info from peer urls: {0}")]
+    NoCluster(#[source] RemoteError),
+    #[error("error validating peerURLs {existing}: {error}")]
+    Mismatch { existing: String, error: MatchError },
+    #[error("incompatible with current running cluster")]
+    Incompatible,
+    #[error("membership: too many learner members in cluster")]
+    TooManyLearners,
+    #[error("member {0} was removed from the cluster: --force-new-cluster cannot bring it back")]
+    RemovedForGood(MemberId),
+    #[error(
+        "member {0} is a learner and holds no vote: --force-new-cluster needs a member that votes"
+    )]
+    Learner(MemberId),
+    #[error("log entry {index}")]
+    BadChange { index: Index, source: ConfChangeError },
+    #[error(transparent)]
+    Wal(#[from] WalError),
 }
 
 /// What a start comes to.
@@ -89,6 +115,41 @@ impl Birth {
         log.close()?;
         Ok(())
     }
+}
+
+/// Decides what a member without a log begins with; [`check_first_start`] has passed. `None` for a
+/// restart.
+///
+/// # Errors
+/// [`BootstrapError`].
+pub async fn birth(
+    config: &Config,
+    plan: Plan,
+    own_version: Version,
+) -> Result<Option<Birth>, BootstrapError> {
+    Ok(match plan {
+        Plan::Restart => {
+            log_ignored(config);
+            None
+        }
+        Plan::Found => Some(found::found(config).await?),
+        Plan::Join => Some(join::join(config, own_version, &resolve).await?),
+    })
+}
+
+fn log_ignored(config: &Config) {
+    if !config.discovery.endpoints.is_empty() {
+        tracing::warn!(
+            "wal-dir" = %config.member.wal_dir().display(),
+            "discovery token is ignored since cluster already initialized; valid logs are found"
+        );
+    }
+    // Identities and members come from the directory, even if the configuration has become that of
+    // another cluster.
+    tracing::info!(
+        "wal-dir" = %config.member.wal_dir().display(),
+        "member goes on from its data directory; initial-cluster settings are not looked at"
+    );
 }
 
 /// The address that the system's resolver has for a host; IPv4 first, as Go has it.

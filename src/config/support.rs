@@ -44,7 +44,6 @@ const AT_DEFAULT: &[(&str, &str)] = &[
     ("discovery-password", DISCOVERY),
     ("discovery-srv", DISCOVERY),
     ("discovery-srv-name", DISCOVERY),
-    ("force-new-cluster", "membership"),
     ("enable-pprof", "profiling"),
     ("enable-distributed-tracing", "tracing"),
     ("corrupt-check-time", "corruption checks"),

@@ -2,14 +2,13 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Read, Seek, Write};
-use std::ops::{Bound, ControlFlow};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use engine_api::{Table, View};
+use engine_api::Table;
 use futures_util::stream;
 use prost::Message as _;
 use quorate_proto::etcdserverpb as pb;
@@ -19,9 +18,10 @@ use tonic::{Request, Response, Status};
 
 use super::{Counted, Ending, Reply, client_timeout};
 use crate::actors::applier::Checkpoint;
+use crate::actors::export::{For, write_bbolt};
 use crate::config::duration::GoDuration;
-use crate::core::apply::{CLUSTER_VERSION, Reply as Applied, STORAGE_VERSION};
-use crate::core::bbolt::{BucketSource, DigestWriter, PairVisitor, WriteError, write_compact};
+use crate::core::apply::Reply as Applied;
+use crate::core::bbolt::{DigestWriter, WriteError};
 use crate::core::command::Request as Command;
 use crate::core::membership::Version;
 use crate::core::mvcc::hash::hash_all;
@@ -42,8 +42,6 @@ pub struct Maintenance {
 const CHUNK: usize = 32 * 1024;
 /// Chunks read ahead of the client.
 const CHUNKS_AHEAD: usize = 32;
-/// Page size of the files that are sent.
-const PAGE: usize = 4096;
 /// Length of the SHA-256 that ends a snapshot.
 const DIGEST: u64 = 32;
 
@@ -264,49 +262,15 @@ impl Maintenance {
     }
 }
 
-/// One table as a bucket of the file.
-struct Bucket<'v> {
-    view: &'v dyn View,
-    table: Table,
-}
-
-impl BucketSource for Bucket<'_> {
-    fn name(&self) -> &[u8] {
-        self.table.name().as_bytes()
-    }
-
-    fn pairs(&self, visit: &mut PairVisitor<'_>) -> Result<(), WriteError> {
-        let mut result = Ok(());
-        self.view
-            .scan(self.table, Bound::Unbounded, Bound::Unbounded, &mut |key, value| {
-                // Restored, these two would shut out every release before this one, whose files
-                // look the same (formats-and-peers 4.1).
-                if matches!(
-                    (self.table, key),
-                    (Table::Cluster, CLUSTER_VERSION) | (Table::Meta, STORAGE_VERSION)
-                ) {
-                    return ControlFlow::Continue(());
-                }
-                result = visit(key, value);
-                if result.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-            })
-            .map_err(|error| failed(self.table, error))?;
-        result
-    }
-}
-
-fn failed(table: Table, error: engine_api::EngineError) -> WriteError {
-    WriteError::Source { bucket: table.name().into(), source: Box::new(error) }
-}
-
 /// Writes everything that the engine holds as a bbolt file with its digest.
 fn gather(member: &Member, file: &mut File) -> Result<(), WriteError> {
     let now = member.shared.published.load_full();
-    let view = now.engine.view().map_err(|error| failed(Table::Key, error))?;
-    let buckets = Table::ALL.map(|table| Bucket { view: &*view, table });
-    let sources = buckets.each_ref().map(|bucket| bucket as &dyn BucketSource);
+    let view = now.engine.view().map_err(|error| WriteError::Source {
+        bucket: Table::Key.name().into(),
+        source: Box::new(error),
+    })?;
     let mut out = DigestWriter::new(BufWriter::with_capacity(1 << 20, file));
-    write_compact(&mut out, &sources, PAGE)?;
+    write_bbolt(&*view, For::Client, &mut out)?;
     out.finish()?.flush()?;
     Ok(())
 }

@@ -58,6 +58,14 @@ impl Dialer {
     }
 }
 
+/// What a request to `url` names as its host.
+pub fn host(url: &Url) -> &str {
+    match url.scheme().is_unix() {
+        true => "localhost",
+        false => url.host(),
+    }
+}
+
 /// Why a request got no answer.
 #[derive(thiserror::Error, Debug)]
 pub enum CallError {
@@ -108,10 +116,7 @@ pub async fn send(
     mut request: Request<Full<Bytes>>,
 ) -> Result<Response<Bytes>, CallError> {
     let name = || url.as_str().to_string();
-    let host = match url.socket_path() {
-        Some(_) => HeaderValue::from_static("localhost"),
-        None => HeaderValue::from_str(url.host()).expect("a parsed host is a header value"),
-    };
+    let host = HeaderValue::from_str(host(url)).expect("a parsed host is a header value");
     request.headers_mut().insert(header::HOST, host);
     let answered = sender.send_request(request).await;
     let response = answered.map_err(|source| CallError::Http { url: name(), source })?;
