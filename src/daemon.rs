@@ -1037,7 +1037,6 @@ impl Daemon {
     }
 }
 
-/// A member that does not listen any more must not look as if it did.
 /// What etcd says when its member has been removed, and why it stops.
 fn log_removed(config: &Config) {
     tracing::warn!(
@@ -1050,6 +1049,7 @@ fn log_removed(config: &Config) {
     );
 }
 
+/// A member that does not listen any more must not look as if it did.
 fn listener_ended(error: &std::io::Error) -> Ended {
     crate::fatal!(error = %full(error), "listener failed");
     Ended::Failed
