@@ -11,7 +11,7 @@ use quorate_proto::etcdserverpb::range_request::{SortOrder, SortTarget};
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
 
-use super::{Counted, Reply};
+use super::{Counted, Ending, Reply};
 use crate::actors::compactor::AwaitCompaction;
 use crate::actors::raft::RequestError;
 use crate::config::duration::GoDuration;
@@ -298,6 +298,7 @@ impl pb::kv_server::Kv for Kv {
         request: Request<pb::RangeRequest>,
     ) -> Result<Response<Self::RangeStreamStream>, Status> {
         let call = self.0.open_stream(Method::RangeStream, request.metadata(), false)?;
+        let leaderless = self.0.stream_leaderless(request.metadata());
         let request = request.into_inner();
         call.received(request.encoded_len());
         match self.start_range_stream(request).await {
@@ -307,6 +308,7 @@ impl pb::kv_server::Kv for Kv {
                     chunks.done |= next.is_err();
                     std::future::ready(next.transpose().map(|item| (item, chunks)))
                 });
+                let stream = Ending::new(stream, leaderless);
                 Ok(Response::new(Box::pin(Counted::new(stream, call))))
             }
             Err(status) => {

@@ -11,9 +11,10 @@ pub mod watch;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_util::Stream;
+use futures_util::future::BoxFuture;
 use prost::Message;
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status};
@@ -26,7 +27,7 @@ use crate::transport::status;
 /// A response stream as tonic wants it.
 pub type Reply<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// Consecutive election timeouts without a leader after which a stream with `hasleader` ends.
+/// Election timeouts in a row without a leader after which a stream with `hasleader` ends.
 const NO_LEADER_TIMEOUTS: u32 = 3;
 
 /// What the gates of v3-api sections 1 and 7 let through.
@@ -124,28 +125,91 @@ impl Member {
     }
 
     /// Ends when a stream that requires a leader has gone without one for too long, or when the
-    /// member stops.
+    /// member stops. It costs no timer as long as there is a leader.
     fn stream_end(
+        self: &Arc<Self>,
+        metadata: &MetadataMap,
+    ) -> impl Future<Output = Status> + Send + use<> {
+        let member = self.clone();
+        let leaderless = self.stream_leaderless(metadata);
+        async move {
+            tokio::select! {
+                () = member.stopped() => status::stopped(),
+                status = leaderless => status,
+            }
+        }
+    }
+
+    /// Ends when a stream that requires a leader has gone without one for too long.
+    fn stream_leaderless(
         self: &Arc<Self>,
         metadata: &MetadataMap,
     ) -> impl Future<Output = Status> + Send + use<> {
         let member = self.clone();
         let requires_leader = requires_leader(metadata);
         async move {
-            let mut missed = 0;
+            if !requires_leader {
+                return std::future::pending().await;
+            }
+            let mut leaders = member.shared.raft.leaders.subscribe();
+            let gone = "the sender lives in the member";
             loop {
-                tokio::select! {
-                    () = member.stopped() => return status::stopped(),
-                    () = tokio::time::sleep(member.limits.election), if requires_leader => {
-                        missed = if member.shared.leader().is_some() { 0 } else { missed + 1 };
-                        if missed >= NO_LEADER_TIMEOUTS {
-                            return status::no_leader();
-                        }
-                    }
+                drop(leaders.wait_for(|leader| leader.0 == 0).await.expect(gone));
+                let back = leaders.wait_for(|leader| leader.0 != 0);
+                let patience = NO_LEADER_TIMEOUTS * member.limits.election;
+                if tokio::time::timeout(patience, back).await.is_err() {
+                    return status::no_leader();
                 }
             }
         }
     }
+}
+
+/// A stream that ends early, with what `end` says.
+struct Ending<S> {
+    inner: S,
+    end: BoxFuture<'static, Status>,
+    ended: bool,
+}
+
+impl<S> Ending<S> {
+    fn new(inner: S, end: impl Future<Output = Status> + Send + 'static) -> Self {
+        Ending { inner, end: Box::pin(end), ended: false }
+    }
+}
+
+impl<T, S: Stream<Item = Result<T, Status>> + Unpin> Stream for Ending<S> {
+    type Item = Result<T, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        if let Poll::Ready(status) = self.end.as_mut().poll(cx) {
+            self.ended = true;
+            return Poll::Ready(Some(Err(status)));
+        }
+        Pin::new(&mut self.inner).poll_next(cx)
+    }
+}
+
+/// How long the client will wait for an answer, as `grpc-timeout` says: up to 8 digits and a unit.
+fn client_timeout(metadata: &MetadataMap) -> Option<Duration> {
+    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    if digits.len() > 8 || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
+        return None;
+    }
+    let count: u64 = digits.parse().ok()?;
+    Some(match unit {
+        "H" => Duration::from_secs(count * 3600),
+        "M" => Duration::from_secs(count * 60),
+        "S" => Duration::from_secs(count),
+        "m" => Duration::from_millis(count),
+        "u" => Duration::from_micros(count),
+        "n" => Duration::from_nanos(count),
+        _ => return None,
+    })
 }
 
 /// A response stream that counts what it sends and ends the call with its last item.
@@ -188,5 +252,101 @@ impl<T: Message, S: Stream<Item = Result<T, Status>> + Unpin> Stream for Counted
             call.finish(code);
         }
         Poll::Ready(next)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::core::apply::Machine;
+    use crate::core::membership::{Member as Record, Membership, Version};
+    use crate::core::types::{ClusterId, MemberId};
+    use crate::transport::member::tests::{Silent, silent_over};
+
+    fn member(is_learner: bool) -> Silent {
+        let mut members = Membership::new(ClusterId(1), MemberId(1), 1);
+        members.restore([Record { id: 1, is_learner, ..Record::default() }], []);
+        let machine = Machine::new(members, 2, Version::parse("3.7.1").unwrap());
+        silent_over(&machine, Duration::from_secs(60))
+    }
+
+    fn with_leader() -> MetadataMap {
+        let mut metadata = MetadataMap::new();
+        metadata.insert("hasleader", "true".parse().unwrap());
+        metadata
+    }
+
+    #[test]
+    fn timeouts_are_read_as_grpc_writes_them() {
+        for (text, timeout) in [
+            ("5S", Some(Duration::from_secs(5))),
+            ("2H", Some(Duration::from_secs(7200))),
+            ("3M", Some(Duration::from_secs(180))),
+            ("99999999m", Some(Duration::from_millis(99_999_999))),
+            ("7u", Some(Duration::from_micros(7))),
+            ("1n", Some(Duration::from_nanos(1))),
+            ("100000000m", None),
+            ("S", None),
+            ("", None),
+            ("5", None),
+            ("+5S", None),
+            ("5s", None),
+        ] {
+            let mut metadata = MetadataMap::new();
+            metadata.insert("grpc-timeout", text.parse().unwrap());
+            assert_eq!(client_timeout(&metadata), timeout, "{text:?}");
+        }
+        assert_eq!(client_timeout(&MetadataMap::new()), None);
+    }
+
+    #[test]
+    fn calls_pass_the_gates_that_they_ask_for() {
+        actix::System::new().block_on(async {
+            let voter = member(false).member;
+            let text = |result: Result<(), Status>| result.unwrap_err().message().to_string();
+            let plain = MetadataMap::new();
+            assert!(admit(&voter, &plain, false, false).is_ok());
+            let refused = admit(&voter, &with_leader(), false, false);
+            assert_eq!(text(refused), status::no_leader().message());
+            voter.shared.set_leader(MemberId(2));
+            assert!(admit(&voter, &with_leader(), false, true).is_ok());
+            let learner = member(true).member;
+            let refused = admit(&learner, &plain, false, false);
+            assert_eq!(text(refused), status::not_supported_for_learner().message());
+            assert!(admit(&learner, &plain, true, false).is_ok());
+        });
+    }
+
+    #[test]
+    fn a_stream_outlives_a_short_loss_of_the_leader_and_no_longer_one() {
+        actix::System::new().block_on(async {
+            let member = member(false).member;
+            let (shared, election) = (&member.shared, member.limits.election);
+            shared.set_leader(MemberId(2));
+            let mut careless = Box::pin(member.stream_leaderless(&MetadataMap::new()));
+            let mut careful = Box::pin(member.stream_leaderless(&with_leader()));
+            let elected = async {
+                shared.set_leader(MemberId(0));
+                tokio::task::yield_now().await;
+                shared.set_leader(MemberId(3));
+                // Longer than a stream without a leader lives.
+                tokio::time::sleep(2 * NO_LEADER_TIMEOUTS * election).await;
+            };
+            tokio::select! {
+                biased;
+                _ = &mut careful => panic!("ended although there is a leader"),
+                _ = &mut careless => panic!("never asked for a leader"),
+                () = elected => {}
+            }
+            shared.set_leader(MemberId(0));
+            let lost = Instant::now();
+            tokio::select! {
+                status = &mut careful => {
+                    assert_eq!(status.message(), status::no_leader().message());
+                }
+                _ = &mut careless => panic!("never asked for a leader"),
+            }
+            assert!(lost.elapsed() >= NO_LEADER_TIMEOUTS * election);
+        });
     }
 }
