@@ -110,7 +110,10 @@ impl Maintenance {
             member.metrics.defrag_inflight.set(1.0);
             let started = Instant::now();
             tracing::info!("starting defragment");
-            let result = member.shared.published.load_full().engine.reclaim();
+            let result = {
+                let _alone = member.shared.reclaiming.lock();
+                member.shared.published.load_full().engine.reclaim()
+            };
             let took = started.elapsed();
             member.metrics.backend_defrag_seconds.record(took);
             member.metrics.defrag_inflight.set(0.0);
