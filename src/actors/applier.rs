@@ -643,6 +643,8 @@ mod tests {
     use crate::core::watch::StreamId;
     use crate::storage::wal_log;
 
+    const MSG_APP_RESP: u32 = 4;
+
     /// Two members that have the same beginning; the first goes on alone.
     async fn apart(dirs: [&Path; 2], persistent: bool) -> (Rig, Rig) {
         let mut rigs = dirs.map(|dir| Rig::start(dir, persistent));
@@ -721,6 +723,16 @@ mod tests {
             let lost = next(&mut responses).await;
             assert!(lost.canceled, "{lost:?}");
             assert_eq!(lost.compact_revision, 100);
+
+            // The leader hears of it, and goes on from there.
+            let acknowledged = async {
+                while let Some(message) = behind.sent.recv().await {
+                    if (message.r#type, message.index) == (MSG_APP_RESP, index + 1) {
+                        return;
+                    }
+                }
+            };
+            tokio::time::timeout(PATIENCE, acknowledged).await.expect("an acknowledgement");
 
             // The log begins with the snapshot.
             let disk = OsDisk;

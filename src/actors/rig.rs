@@ -10,6 +10,7 @@ use bytes::Bytes;
 use engine_api::Engine;
 use prost::Message as _;
 use quorate_proto::{etcdserverpb as pb, membershippb, raftpb, walpb};
+use tokio::sync::mpsc;
 
 use crate::actors::applier::{self, Applier, Checkpoint};
 use crate::actors::committer::BatchCommitter;
@@ -53,18 +54,14 @@ pub struct Rig {
     pub watch: Addr<WatchHub>,
     pub leases: Addr<LeaseManager>,
     pub snapshots: SnapDir,
-    /// What the member sends to others waits here.
-    pub network: Network,
-    pub exits: tokio::sync::mpsc::UnboundedReceiver<Reason>,
+    /// What the member sends to others.
+    pub sent: mpsc::UnboundedReceiver<raftpb::Message>,
+    pub exits: mpsc::UnboundedReceiver<Reason>,
     next: u64,
 }
 
-/// Takes what is sent to the peer network.
-pub struct Network {
-    pub sent: tokio::sync::mpsc::UnboundedReceiver<raftpb::Message>,
-}
-
-struct Probe(tokio::sync::mpsc::UnboundedSender<raftpb::Message>);
+/// Stands for the peer network.
+struct Probe(mpsc::UnboundedSender<raftpb::Message>);
 
 impl Actor for Probe {
     type Context = Context<Self>;
@@ -130,7 +127,7 @@ impl Rig {
         let raft_seat = Seat::<RaftActor>::new(raft::MAILBOX);
         let applier_seat = Seat::<Applier>::new(64);
         let (raft, applier) = (raft_seat.addr(), applier_seat.addr());
-        let (sender, sent) = tokio::sync::mpsc::unbounded_channel();
+        let (sender, sent) = mpsc::unbounded_channel();
         let probe = Probe(sender).start();
         let wal =
             WalWriter::new(log, snapshots.clone(), raft.clone().recipient(), exit.clone(), true)
@@ -198,9 +195,8 @@ impl Rig {
         // No election comes up by itself.
         let options = raft::Options { tick: 10 * PATIENCE, catch_up_entries: 5000 };
         raft_seat.start_in(&here, move || RaftActor::new(node, links, options));
-        let network = Network { sent };
         let next = 1;
-        Rig { shared, raft, wal, applier, watch, leases, snapshots, network, exits, next }
+        Rig { shared, raft, wal, applier, watch, leases, snapshots, sent, exits, next }
     }
 
     /// Has the leader append `entries` after all before, and commit them.
