@@ -54,6 +54,7 @@ use crate::transport::member::{Limits, Member};
 use crate::transport::peer;
 use crate::transport::peer::network::{self, Net, Network, RaftLink};
 use crate::transport::peer::server::Door;
+use crate::transport::peer::snapshot::{FromEngine, Snapshots};
 
 /// File descriptors that are kept for everything but client connections (operations 1.4).
 const RESERVED_FILES: u64 = 150;
@@ -704,6 +705,14 @@ impl Running {
                 exit: exit.clone(),
                 metrics: Metrics::global(),
                 members: shared.published.load().members.clone(),
+                snapshots: Snapshots::new(
+                    Box::new(FromEngine {
+                        shared: shared.clone(),
+                        applier: applier_seat.addr(),
+                        snapshots: snapshots.clone(),
+                    }),
+                    snapshots.clone(),
+                ),
             },
             network::Options {
                 dial_timeout: PEER_DIAL_TIMEOUT + election,
@@ -1028,7 +1037,6 @@ impl Daemon {
     }
 }
 
-/// A member that does not listen any more must not look as if it did.
 /// What etcd says when its member has been removed, and why it stops.
 fn log_removed(config: &Config) {
     tracing::warn!(
@@ -1041,6 +1049,7 @@ fn log_removed(config: &Config) {
     );
 }
 
+/// A member that does not listen any more must not look as if it did.
 fn listener_ended(error: &std::io::Error) -> Ended {
     crate::fatal!(error = %full(error), "listener failed");
     Ended::Failed

@@ -396,7 +396,7 @@ impl Applier {
     /// Tells everyone who follows the store. Their mailboxes take it before any caller is answered.
     fn spread(&mut self, effects: Effects) {
         let store = self.machine.store.now();
-        if effects.compacted.is_some() || !effects.events.is_empty() {
+        if !effects.compactions.is_empty() || !effects.events.is_empty() {
             self.metrics.current_revision.set(store.revision() as f64);
             self.metrics.keys.set(store.live_keys() as f64);
             let puts = effects.events.iter().filter(|e| matches!(e.kind, EventKind::Put { .. }));
@@ -407,15 +407,15 @@ impl Applier {
             self.links.watch.do_send(self.links.shared.unwatched.pack(
                 store.revision(),
                 effects.events,
-                effects.compacted,
+                effects.compactions.last().map(|scheduled| scheduled.at),
             ));
         }
         if !effects.leases.is_empty() {
             self.links.leases.do_send(LeaseChanges(effects.leases));
         }
-        if let Some(at) = effects.compacted {
-            self.metrics.compact_revision.set(at as f64);
-            self.links.compactor.do_send(Compacted(at));
+        for scheduled in effects.compactions {
+            self.metrics.compact_revision.set(scheduled.at as f64);
+            self.links.compactor.do_send(Compacted(scheduled));
         }
         if effects.members {
             let members = self.links.shared.published.load().members.clone();

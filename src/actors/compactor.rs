@@ -2,6 +2,10 @@
 //!
 //! in:  `Compacted`, `StoreReplaced` from actors/applier.rs, `AwaitCompaction` from transport/grpc/kv.rs
 //! out: `CompactSlice` to actors/applier.rs, `Requests` (a compaction) to actors/raft.rs
+//!
+//! Before a compaction's first slice, what it covers is hashed (v3-api 6.6). Compactions are done one
+//! after the other, so nothing is dropped meanwhile, and the entries to hash are history: the hash is
+//! taken beside all writes, slice by slice, on a thread that may block.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -18,12 +22,15 @@ use crate::actors::raft::{Proposal, RaftActor, Requests};
 use crate::actors::shared::Shared;
 use crate::core::autocompact::AutoCompaction;
 use crate::core::command::{Command, Request};
+use crate::core::mvcc::compact::Scheduled;
+use crate::core::mvcc::hash::{KvHash, KvHasher};
+use crate::core::mvcc::{ReadError, Values};
 use crate::metrics::Metrics;
 
 /// A compaction has taken effect; what it superseded is to be dropped.
 #[derive(Message)]
 #[rtype(result = "()")]
-pub struct Compacted(pub i64);
+pub struct Compacted(pub Scheduled);
 
 /// A snapshot of the leader has taken the place of the store, which is compacted at `compacted`;
 /// `unfinished` is what its sender was not done with.
@@ -54,6 +61,18 @@ pub struct Options {
     pub request_timeout: Duration,
 }
 
+/// Entries hashed at a time, in slices of a compaction: hashing only reads.
+const HASHED_PER_DROPPED: usize = 10;
+
+/// A compaction to do.
+#[derive(Clone, Copy)]
+struct Job {
+    at: i64,
+    /// The compact revision before it; `None` for a compaction that a restart has cut short: some of
+    /// what it covers is gone, so no hash can be taken.
+    previous: Option<i64>,
+}
+
 /// Owns the progress of compactions.
 pub struct Compactor {
     shared: Arc<Shared>,
@@ -63,7 +82,7 @@ pub struct Compactor {
     auto: AutoCompaction,
     metrics: &'static Metrics,
     /// Compactions to do, the first one under way.
-    queue: VecDeque<i64>,
+    queue: VecDeque<Job>,
     running: bool,
     /// Counts the stores: a slice of another one says nothing about this one.
     store: u64,
@@ -89,7 +108,7 @@ impl Compactor {
             options,
             auto,
             metrics: Metrics::global(),
-            queue: unfinished.into_iter().collect(),
+            queue: unfinished.map(|at| Job { at, previous: None }).into_iter().collect(),
             running: false,
             store: 0,
             started: Instant::now(),
@@ -102,12 +121,50 @@ impl Compactor {
         if !self.running && !self.queue.is_empty() {
             self.running = true;
             self.started = Instant::now();
-            self.slice(true, ctx);
+            self.hash(ctx);
         }
     }
 
+    /// Hashes what the first compaction covers, then begins to drop what it superseded.
+    fn hash(&mut self, ctx: &mut Context<Self>) {
+        let Some(&Job { at, previous }) = self.queue.front() else { return };
+        let Some(previous) = previous else {
+            tracing::warn!(
+                "compact-revision" = at,
+                "previous compaction was interrupted, skip storing compaction hash value"
+            );
+            return self.slice(true, ctx);
+        };
+        let scheduled = Scheduled { at, previous };
+        let store = self.store;
+        let hashing = hash_in_slices(self.shared.clone(), scheduled, self.options).into_actor(self);
+        ctx.spawn(hashing.map(move |hashed, this, ctx| {
+            if store != this.store {
+                return;
+            }
+            match hashed {
+                Ok(None) => return,
+                Ok(Some(hash)) => {
+                    tracing::info!(
+                        hash = hash.hash,
+                        revision = hash.revision,
+                        "compact-revision" = hash.compact_revision,
+                        "storing new hash"
+                    );
+                    this.shared.record_compaction_hash(hash);
+                }
+                // The compaction itself needs no hash; an engine that has failed ends the member where
+                // it is written to.
+                Err(error) => {
+                    tracing::warn!(revision = at, %error, "failed to hash for compaction")
+                }
+            }
+            this.slice(true, ctx);
+        }));
+    }
+
     fn slice(&mut self, first: bool, ctx: &mut Context<Self>) {
-        let Some(&at) = self.queue.front() else { return };
+        let Some(&Job { at, .. }) = self.queue.front() else { return };
         let limit = self.options.batch_limit;
         let store = self.store;
         let sent = Instant::now();
@@ -211,6 +268,39 @@ impl Compactor {
     }
 }
 
+/// Hashes with the pauses that a compaction makes; `None` if the member is stopping.
+async fn hash_in_slices(
+    shared: Arc<Shared>,
+    scheduled: Scheduled,
+    options: Options,
+) -> Result<Option<KvHash>, ReadError> {
+    let entries = options.batch_limit.saturating_mul(HASHED_PER_DROPPED);
+    let mut begun = None;
+    let store = shared.published.load().engine.clone();
+    loop {
+        let now = shared.published.load_full();
+        if !Arc::ptr_eq(&now.engine, &store) {
+            // A snapshot has taken the place of what was hashed so far.
+            return Ok(None);
+        }
+        let slice = move || -> Result<(KvHasher, Option<KvHash>), ReadError> {
+            let Scheduled { at, previous } = scheduled;
+            let mut hasher =
+                begun.unwrap_or_else(|| KvHasher::of_compaction(&now.store, at, previous));
+            // The view comes last: it holds whatever the snapshot has passed on to the engine.
+            let values = Values::new(&*now.engine);
+            let done = hasher.slice(&now.store, values.view()?, entries)?;
+            Ok((hasher, done))
+        };
+        let Ok(sliced) = tokio::task::spawn_blocking(slice).await else { return Ok(None) };
+        match sliced? {
+            (_, Some(hash)) => return Ok(Some(hash)),
+            (hasher, None) => begun = Some(hasher),
+        }
+        tokio::time::sleep(options.sleep).await;
+    }
+}
+
 impl Actor for Compactor {
     type Context = Context<Self>;
 
@@ -224,8 +314,9 @@ impl Actor for Compactor {
 impl Handler<Compacted> for Compactor {
     type Result = ();
 
-    fn handle(&mut self, Compacted(at): Compacted, ctx: &mut Self::Context) {
-        self.queue.push_back(at);
+    fn handle(&mut self, Compacted(scheduled): Compacted, ctx: &mut Self::Context) {
+        let Scheduled { at, previous } = scheduled;
+        self.queue.push_back(Job { at, previous: Some(previous) });
         self.start(ctx);
     }
 }
@@ -237,7 +328,9 @@ impl Handler<StoreReplaced> for Compactor {
         self.store += 1;
         self.running = false;
         self.queue.clear();
-        self.queue.extend(replaced.unfinished);
+        self.queue.extend(replaced.unfinished.map(|at| Job { at, previous: None }));
+        // They were taken on the store before.
+        self.shared.compaction_hashes.store(Arc::default());
         if self.queue.is_empty() {
             self.finished = self.finished.max(replaced.compacted);
         }
@@ -251,7 +344,7 @@ impl Handler<AwaitCompaction> for Compactor {
 
     fn handle(&mut self, mut waiting: AwaitCompaction, ctx: &mut Self::Context) {
         match self.queue.back() {
-            Some(last) => waiting.at = waiting.at.min(*last),
+            Some(last) => waiting.at = waiting.at.min(last.at),
             None => {
                 // All that was ever compacted is done.
                 self.finished =
