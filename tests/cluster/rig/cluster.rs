@@ -238,6 +238,16 @@ impl Cluster {
         status
     }
 
+    /// Whether member `node` has ended by itself; then it can be started again.
+    pub fn has_ended(&mut self, node: Node) -> bool {
+        let Some(process) = &mut self.members[node].process else { return true };
+        let ended = process.ended().is_some();
+        if ended {
+            self.gone(node);
+        }
+        ended
+    }
+
     fn gone(&mut self, node: Node) {
         self.net.runs(node, None);
         self.members[node].process = None;
@@ -278,13 +288,6 @@ impl Cluster {
             if self.members[node].process.is_none() {
                 self.run(node);
             }
-        }
-    }
-
-    /// Puts a member away for good: it is neither waited for nor started any more.
-    pub fn retire(&mut self, node: Node) {
-        if self.members[node].process.is_some() {
-            self.kill(node);
         }
     }
 
