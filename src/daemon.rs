@@ -1,6 +1,5 @@
 //! The member as a process: reads its directory, starts the actors, serves, and stops them in reverse.
 
-use std::net::{IpAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -11,8 +10,7 @@ use actix::prelude::*;
 use axum::Router;
 use engine_api::{Engine, Table};
 use nix::sys::signal::{SigHandler, Signal};
-use prost::Message as _;
-use quorate_proto::{membershippb, raftpb, walpb};
+use quorate_proto::{membershippb, walpb};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -23,12 +21,14 @@ use crate::actors::disk::{OsDisk, SharedDisk};
 use crate::actors::exit::{Exit, Reason, full};
 use crate::actors::lease::LeaseManager;
 use crate::actors::monitor::Monitor;
-use crate::actors::raft::{self, RaftActor};
+use crate::actors::peers;
+use crate::actors::raft::{self, Abandon, AdvanceTicks, RaftActor, RequestError};
 use crate::actors::shared::{Published, Shared};
 use crate::actors::snapshot::{self, Snapshotter};
 use crate::actors::spawn::{Seat, arbiter};
 use crate::actors::wal::{self, Close, WalWriter};
 use crate::actors::watch::WatchHub;
+use crate::bootstrap::{self, Birth, BootstrapError, Plan};
 use crate::cli::ETCD_VERSION;
 use crate::config::duration::GoDuration;
 use crate::config::{Config, ConfigError, EngineKind, Gate, Origins, Retention, Url};
@@ -36,9 +36,7 @@ use crate::core::apply::{Machine, STORAGE_VERSION};
 use crate::core::autocompact::{self, AutoCompaction};
 use crate::core::command::Request;
 use crate::core::lease::{CHECKPOINT_INTERVAL_MS, LessorOptions, min_ttl};
-use crate::core::membership::{
-    ChangeContext, Member as MemberRecord, Membership, Version, cluster_id, member_id,
-};
+use crate::core::membership::{Membership, Version};
 use crate::core::quota::Quota;
 use crate::core::raft::{Config as RaftConfig, Node, Restored};
 use crate::core::types::{ClusterId, Index, MemberId, Term};
@@ -53,14 +51,21 @@ use crate::transport::http::status::{ClientRules, client_router, metrics_router}
 use crate::transport::listener::{self, Bound, Served, Services, Workers};
 use crate::transport::member::{Limits, Member};
 use crate::transport::peer;
+use crate::transport::peer::network::{self, Net, Network, RaftLink};
+use crate::transport::peer::server::Door;
 
 /// File descriptors that are kept for everything but client connections (operations 1.4).
 const RESERVED_FILES: u64 = 150;
 /// A gRPC message may be larger than a request by this much (v3-api section 5).
 const GRPC_OVERHEAD: usize = 512 * 1024;
-/// How long, and how often, a host name of a first start is looked up (operations 2.3).
-const RESOLVE_PATIENCE: Duration = Duration::from_secs(30);
-const RESOLVE_PAUSE: Duration = Duration::from_secs(1);
+/// Connections to the peer port: a few for each member, and those of the curious.
+const PEER_CONNECTIONS_MAX: usize = 4096;
+/// A connection to a peer has to stand within this and an election timeout (formats-and-peers 6.3).
+const PEER_DIAL_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often a starting member looks how many others it can reach.
+const REACHABLE_POLL: Duration = Duration::from_millis(50);
+/// Between two tries to publish, if the first was refused at once.
+const PUBLISH_PAUSE: Duration = Duration::from_millis(100);
 /// Transport threads at most: more do not help while one thread applies.
 const TRANSPORT_THREADS_MAX: usize = 8;
 
@@ -69,8 +74,12 @@ const TRANSPORT_THREADS_MAX: usize = 8;
 enum StartError {
     #[error("{0}")]
     Refused(String),
+    #[error("the member has been permanently removed from the cluster")]
+    Removed,
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error(transparent)]
+    Bootstrap(#[from] BootstrapError),
     #[error(transparent)]
     Lock(#[from] crate::storage::lock::LockError),
     #[error(transparent)]
@@ -102,8 +111,12 @@ pub fn run(config: Config, _logging: Logging) -> ExitCode {
     nix::sys::prctl::set_thp_disable(true).ok();
     let system = actix::System::new();
     let ended = system.block_on(async {
-        match start(&config) {
+        match start(&config).await {
             Ok(daemon) => daemon.serve().await,
+            Err(StartError::Removed) => {
+                log_removed(&config);
+                Ended::Removed
+            }
             Err(error) => {
                 // etcd says this whatever kept it from starting; scripts look for it.
                 crate::fatal!(error = %full(&error), "discovery failed");
@@ -138,6 +151,9 @@ fn end_on_panic() {
     }));
 }
 
+/// How long a member that is refused by its own raft waits to hear why.
+const STOP_REASON: Duration = Duration::from_secs(2);
+
 /// How the member ended.
 enum Ended {
     Failed,
@@ -155,6 +171,8 @@ struct Found {
     machine: Machine,
     unfinished: Option<i64>,
     persistent: bool,
+    /// Members that the log does not tell of yet.
+    remotes: Vec<(MemberId, Vec<Url>)>,
 }
 
 /// A started member.
@@ -165,6 +183,7 @@ struct Daemon {
     exits: mpsc::UnboundedReceiver<Reason>,
     listeners: Vec<(&'static str, Url, Bound, Served)>,
     workers: Workers,
+    peer_workers: Workers,
     options: listener::Options,
     arbiters: Vec<Arbiter>,
     _lock: DataDirLock,
@@ -265,79 +284,14 @@ fn create_dir(path: &Path) -> Result<(), StartError> {
         .map_err(|source| StartError::Dir { path: path.to_path_buf(), source })
 }
 
-/// The address that the system's resolver has for a host; IPv4 first, as Go has it.
-fn resolve(host: &str) -> std::io::Result<IpAddr> {
-    let found: Vec<IpAddr> = (host, 0).to_socket_addrs()?.map(|address| address.ip()).collect();
-    let v4 = found.iter().find(|ip| ip.is_ipv4());
-    let none = || std::io::Error::new(std::io::ErrorKind::NotFound, "the name has no address");
-    v4.or(found.first()).copied().ok_or_else(none)
-}
-
-/// Checks what a first start rests on. A name that does not resolve yet is asked for again, since in
-/// many installations it appears only once the process runs (operations 2.3).
-fn check_first_start(
+/// Reads the data directory; one without a log begins as `birth` says.
+fn read_directory(
     config: &Config,
-    lookup: &dyn Fn(&str) -> std::io::Result<IpAddr>,
-    patience: Duration,
-    pause: Duration,
-) -> Result<(), ConfigError> {
-    let deadline = Instant::now() + patience;
-    loop {
-        match config.check_bootstrap(lookup) {
-            Err(error @ ConfigError::Resolve { .. }) if Instant::now() + pause < deadline => {
-                tracing::warn!(
-                    %error,
-                    "retry-interval" = %GoDuration::from(pause),
-                    "failed to resolve URL Host"
-                );
-                std::thread::sleep(pause);
-            }
-            checked => return checked,
-        }
-    }
-}
-
-/// The member that a first start founds the cluster with; [`check_first_start`] has passed.
-fn founder(config: &Config) -> (MemberId, ClusterId, MemberRecord) {
-    let own = config.cluster.initial.get(&config.member.name);
-    let mut urls: Vec<String> =
-        own.into_iter().flatten().map(|url| url.as_str().to_string()).collect();
-    urls.sort();
-    let id = member_id(&urls, &config.cluster.token, None);
-    let record = MemberRecord { id: id.0, peer_urls: urls, ..MemberRecord::default() };
-    (id, cluster_id([id]), record)
-}
-
-/// Founds a cluster of one: its log begins with the member's own addition (formats-and-peers 1.5).
-fn found_cluster(config: &Config, disk: &SharedDisk) -> Result<(), StartError> {
-    let (id, cluster, member) = founder(config);
-    let metadata = walpb::Metadata { node_id: Some(id.0), cluster_id: Some(cluster.0) };
-    let mut log = WalLog::create(disk.clone(), &config.member.wal_dir(), &metadata)?;
-    let context = ChangeContext { member, is_promote: false };
-    let change = raftpb::ConfChange {
-        id: 0,
-        r#type: raftpb::ConfChangeType::AddNode as i32,
-        node_id: id.0,
-        context: serde_json::to_vec(&context).expect("a member is always JSON").into(),
-    };
-    let entry = raftpb::Entry {
-        r#type: raftpb::EntryType::EntryConfChange as i32,
-        term: 1,
-        index: 1,
-        data: change.encode_to_vec().into(),
-    };
-    let hard_state = raftpb::HardState { term: 1, vote: 0, commit: 1 };
-    log.append(&[entry], Some(&hard_state))?;
-    log.sync()?;
-    log.close()?;
-    Ok(())
-}
-
-/// Reads the data directory, founding a cluster if it is new.
-fn read_directory(config: &Config, disk: &SharedDisk) -> Result<Found, StartError> {
+    disk: &SharedDisk,
+    birth: Option<&Birth>,
+) -> Result<Found, StartError> {
     let wal_dir = config.member.wal_dir();
-    let exists = wal_log::has_log(&**disk, &wal_dir)?;
-    if exists {
+    if birth.is_none() {
         check_engine_is_there(config, disk)?;
     }
     let (engine, persistent) = open_engine(config)?;
@@ -366,7 +320,7 @@ fn read_directory(config: &Config, disk: &SharedDisk) -> Result<Found, StartErro
     }
     let (mut machine, unfinished) = (restored.machine, restored.unfinished);
     let applied = machine.applied();
-    if !exists {
+    if let Some(birth) = birth {
         if applied.0 > 0 {
             return Err(StartError::Refused(format!(
                 "the engine in {} has applied entry {applied}, but there is no write-ahead log in {}",
@@ -374,7 +328,7 @@ fn read_directory(config: &Config, disk: &SharedDisk) -> Result<Found, StartErro
                 wal_dir.display()
             )));
         }
-        found_cluster(config, disk)?;
+        birth.write_log(disk, &wal_dir)?;
     }
     let mut beyond = None;
     let (log, recovered) = WalLog::open(disk.clone(), &wal_dir, |valid| {
@@ -410,7 +364,18 @@ fn read_directory(config: &Config, disk: &SharedDisk) -> Result<Found, StartErro
     let cluster_id = ClusterId(recovered.metadata.cluster_id());
     machine.members.local = member_id;
     machine.members.cluster_id = cluster_id;
-    Ok(Found { member_id, cluster_id, engine, log, recovered, machine, unfinished, persistent })
+    let remotes = birth.map_or_else(Vec::new, |birth| birth.remotes.clone());
+    Ok(Found {
+        member_id,
+        cluster_id,
+        engine,
+        log,
+        recovered,
+        machine,
+        unfinished,
+        persistent,
+        remotes,
+    })
 }
 
 /// Builds the raft node that goes on where the directory ends.
@@ -453,13 +418,18 @@ fn bind_all(
     Ok(bound)
 }
 
-fn start(config: &Config) -> Result<Daemon, StartError> {
+async fn start(config: &Config) -> Result<Daemon, StartError> {
     log_settings(config);
     check_directory(config)?;
     let disk: SharedDisk = Arc::new(OsDisk);
-    if !wal_log::has_log(&*disk, &config.member.wal_dir())? {
-        check_first_start(config, &resolve, RESOLVE_PATIENCE, RESOLVE_PAUSE)?;
-    }
+    let plan = Plan::of(config, wal_log::has_log(&*disk, &config.member.wal_dir())?);
+    bootstrap::check_first_start(
+        config,
+        plan,
+        &bootstrap::resolve,
+        bootstrap::RESOLVE_PATIENCE,
+        bootstrap::RESOLVE_PAUSE,
+    )?;
     create_dir(&config.member.data_dir)?;
     let lock = DataDirLock::take(&*disk, &config.member.data_dir, &config.member.wal_dir())?;
     let options = listener::Options {
@@ -473,8 +443,21 @@ fn start(config: &Config) -> Result<Daemon, StartError> {
     };
     // A port that is taken is found out before the directory is touched.
     let bound = bind_all(config, &options)?;
+    let birth = bootstrap::birth(config, plan, server_version()).await?;
     let snapshots = SnapDir::open(disk.clone(), &config.member.snap_dir())?;
-    let found = read_directory(config, &disk)?;
+    let mut found = read_directory(config, &disk, birth.as_ref())?;
+    if config.cluster.force_new && plan == Plan::Restart {
+        let applied = found.machine.applied();
+        bootstrap::force::force(
+            &mut found.log,
+            &mut found.recovered,
+            &found.machine.members,
+            applied,
+        )?;
+    }
+    if found.machine.members.removed().any(|id| id == found.member_id) {
+        return Err(StartError::Removed);
+    }
     let threshold = config.storage.bootstrap_defrag_threshold_mib << 20;
     if threshold > 0 {
         let free = found.engine.size()?.saturating_sub(found.engine.size_in_use()?);
@@ -489,9 +472,8 @@ fn start(config: &Config) -> Result<Daemon, StartError> {
     }
     let node = restore_node(config, &found)?;
     let (exit, exits) = Exit::new();
-    let published = Published::of(&found.machine, None);
-    let shared =
-        Arc::new(Shared::new(found.cluster_id, found.member_id, found.engine.clone(), published));
+    let published = Published::of(&found.machine, found.engine.clone(), None);
+    let shared = Arc::new(Shared::new(found.cluster_id, found.member_id, published));
     tracing::info!(
         "cluster-id" = %found.cluster_id,
         "local-member-id" = %found.member_id,
@@ -502,7 +484,9 @@ fn start(config: &Config) -> Result<Daemon, StartError> {
     );
     show_identity(&shared, config);
     let mut running = Running { arbiters: Vec::new() };
-    let (member, wal) = running.start_actors(config, found, node, &shared, &exit, disk, snapshots);
+    let peers_thread = running.arbiter("peers");
+    let Started { member, wal, door } =
+        running.start_actors(config, found, node, &shared, &exit, disk, snapshots, &peers_thread);
 
     let services = Arc::new(Services::new(
         &member,
@@ -515,10 +499,12 @@ fn start(config: &Config) -> Result<Daemon, StartError> {
         .map(|_| running.arbiter("transport"))
         .collect();
     let workers = Workers::new(threads, connections_max()?);
+    // The peer port is served where the peers are, so that a message changes threads once on its way.
+    let peer_workers = Workers::new(vec![peers_thread], PEER_CONNECTIONS_MAX);
     let listeners = bound
         .into_iter()
         .map(|(what, url, bound)| {
-            let served = served(what, config, &member, &services);
+            let served = served(what, config, &member, &services, &door);
             (what, url, bound, served)
         })
         .collect();
@@ -529,6 +515,7 @@ fn start(config: &Config) -> Result<Daemon, StartError> {
         exits,
         listeners,
         workers,
+        peer_workers,
         options,
         arbiters: running.arbiters,
         _lock: lock,
@@ -549,7 +536,13 @@ fn connections_max() -> Result<usize, StartError> {
     Ok(usize::try_from(soft - RESERVED_FILES).unwrap_or(usize::MAX))
 }
 
-fn served(what: &str, config: &Config, member: &Arc<Member>, services: &Arc<Services>) -> Served {
+fn served(
+    what: &str,
+    config: &Config,
+    member: &Arc<Member>,
+    services: &Arc<Services>,
+    door: &Arc<Door>,
+) -> Served {
     let subject: Arc<HttpMember> = Arc::new(HttpMember(member.clone()));
     let client = || {
         let origins = match &config.listen.cors {
@@ -563,11 +556,18 @@ fn served(what: &str, config: &Config, member: &Arc<Member>, services: &Arc<Serv
     let split = !config.listen.client_http_urls.is_empty();
     let only_http = |router: Router| Served { grpc: None, http: Some(router) };
     match what {
-        "peer" => only_http(peer::router(member.clone())),
+        "peer" => only_http(peer::router(member.clone(), door.clone())),
         "metrics" => only_http(metrics_router(subject, member.metrics)),
         "client-http" => only_http(client()),
         _ => Served { grpc: Some(services.clone()), http: (!split).then(client) },
     }
+}
+
+/// What is spoken to from outside once the actors run.
+struct Started {
+    member: Arc<Member>,
+    wal: Addr<WalWriter>,
+    door: Arc<Door>,
 }
 
 /// Arbiters that are stopped with the daemon.
@@ -593,7 +593,8 @@ impl Running {
         exit: &Exit,
         disk: SharedDisk,
         snapshots: SnapDir,
-    ) -> (Arc<Member>, Addr<WalWriter>) {
+        peers_thread: &ArbiterHandle,
+    ) -> Started {
         let raft_seat = Seat::<RaftActor>::new(raft::MAILBOX);
         let wal_seat = Seat::<WalWriter>::new(wal::MAILBOX);
         let applier_seat = Seat::<Applier>::new(64);
@@ -602,6 +603,7 @@ impl Running {
         let watch_seat = Seat::<WatchHub>::new(1024);
         let compactor_seat = Seat::<Compactor>::new(64);
         let snapshot_seat = Seat::<Snapshotter>::new(16);
+        let network_seat = Seat::<Network>::new(peers::MAILBOX);
         let election = Duration::from_millis(config.raft.election_ms);
         let quota = Quota(config.storage.quota_bytes);
 
@@ -620,6 +622,9 @@ impl Running {
                 quota_reported: config.storage.quota_bytes.map_or(-1, |bytes| bytes as i64),
                 request_timeout: config.raft.request_timeout(),
                 election,
+                heartbeat: Duration::from_millis(config.raft.heartbeat_ms),
+                strict_reconfig: config.cluster.strict_reconfig_check,
+                fast_keep_alive: config.gates.enabled(Gate::FastLeaseKeepAlive),
                 warning_unary: config.observe.warning_unary_request_duration,
                 warning_apply: config.observe.warning_apply_duration,
             },
@@ -633,7 +638,7 @@ impl Running {
             wal: wal_seat.addr(),
             applier: applier_seat.addr(),
             leases: lease_seat.addr().recipient(),
-            peers: None,
+            peers: Some(network_seat.addr().recipient()),
             exit: exit.clone(),
         };
         let raft_options = raft::Options {
@@ -641,6 +646,28 @@ impl Running {
             catch_up_entries: config.raft.snapshot_catchup_entries,
         };
         let raft_addr = raft_seat.addr();
+        let net = Net::new(
+            network::Links {
+                cluster_id: shared.cluster_id,
+                local: shared.member_id,
+                own_urls: config.cluster.advertise_peer_urls.clone(),
+                raft: RaftLink {
+                    step: raft_addr.clone().recipient(),
+                    unreachable: raft_addr.clone().recipient(),
+                    snapshot_done: raft_addr.clone().recipient(),
+                },
+                liveness: shared.reachable.clone(),
+                exit: exit.clone(),
+                metrics: Metrics::global(),
+                members: shared.published.load().members.clone(),
+            },
+            network::Options {
+                dial_timeout: PEER_DIAL_TIMEOUT + election,
+                read_timeout: config.raft.read_timeout,
+                write_timeout: config.raft.write_timeout,
+            },
+        );
+        let door = Arc::new(Door { net: net.clone(), network: network_seat.addr() });
         raft_seat
             .start_in(&self.arbiter("raft"), move || RaftActor::new(node, links, raft_options));
 
@@ -651,10 +678,9 @@ impl Running {
             .start_in(&self.arbiter("wal"), move || WalWriter::new(log, to_raft, exit_wal, sync));
 
         let committer = committer_seat.addr();
-        let (to_applier, committer_shared, exit_committer) =
-            (applier_seat.addr().recipient(), shared.clone(), exit.clone());
+        let (to_applier, exit_committer) = (applier_seat.addr().recipient(), exit.clone());
         committer_seat.start_in(&self.arbiter("committer"), move || {
-            BatchCommitter::new(committer_shared, to_applier, exit_committer)
+            BatchCommitter::new(to_applier, exit_committer)
         });
 
         let links = applier::Links {
@@ -666,8 +692,11 @@ impl Running {
             promoted: lease_seat.addr().recipient(),
             compactor: compactor_seat.addr().recipient(),
             snapshotter: snapshot_seat.addr().recipient(),
+            peers: network_seat.addr().recipient(),
             exit: exit.clone(),
         };
+        let remotes = found.remotes;
+        network_seat.start_in(peers_thread, move || Network::new(net, remotes));
         let applier_options = applier::Options {
             batch_interval: config.storage.batch_interval,
             batch_limit: config.storage.batch_limit as usize,
@@ -739,7 +768,7 @@ impl Running {
         snapshot_seat.start_in(&cold, move || {
             Snapshotter::new(disk, snapshots, snapshot_wal, exit_snapshot, snapshot_options)
         });
-        (member, wal_addr)
+        Started { member, wal: wal_addr, door }
     }
 }
 
@@ -800,13 +829,22 @@ impl Daemon {
         let started = Instant::now();
         tracing::info!("starting etcd server");
         self.log_addresses();
+        let (stop, peers_stop) = (watch::Sender::new(false), watch::Sender::new(false));
+        let (failures, mut listener_failed) = mpsc::unbounded_channel();
+        // What is published below needs a leader, and that needs the other members.
+        self.listen(|what| what == "peer", &peers_stop, &failures);
+        self.listen(|what| what == "metrics", &stop, &failures);
+        actix::spawn(advance_ticks(self.member.clone(), self.config.raft.clone()));
         // Handlers are there once a member has started; before, a signal simply ends it.
         let published = tokio::select! {
             published = publish(&self.member, &self.config) => published,
             reason = self.exits.recv() => return self.failed(reason),
+            Some(error) = listener_failed.recv() => return listener_ended(&error),
         };
         if !published {
-            return Ended::Failed;
+            // Why, is told in a moment: a member that was removed goes on for a second.
+            let reason = tokio::time::timeout(STOP_REASON, self.exits.recv()).await;
+            return self.failed(reason.ok().flatten());
         }
         let (mut interrupts, mut terminations) =
             match (signal(SignalKind::interrupt()), signal(SignalKind::terminate())) {
@@ -816,7 +854,7 @@ impl Daemon {
                     return Ended::Failed;
                 }
             };
-        let (mut listener_failed, stop) = self.listen();
+        self.listen(|_| true, &stop, &failures);
         tracing::info!(took = ?started.elapsed(), "ready to serve client requests");
         notify_ready();
         for url in &self.config.listen.client_urls {
@@ -829,18 +867,22 @@ impl Daemon {
         // Nothing asks a monitor anything: it lives as long as the thread does.
         Monitor::new(self.member.shared.clone(), self.member.raft.clone(), server_version())
             .start();
-        let signal = tokio::select! {
-            _ = interrupts.recv() => Signal::SIGINT,
-            _ = terminations.recv() => Signal::SIGTERM,
-            reason = self.exits.recv() => return self.failed(reason),
-            Some(error) = listener_failed.recv() => {
-                crate::fatal!(error = %full(&error), "listener failed");
-                return Ended::Failed;
-            }
+        let ended = tokio::select! {
+            _ = interrupts.recv() => Ended::Signal(Signal::SIGINT),
+            _ = terminations.recv() => Ended::Signal(Signal::SIGTERM),
+            reason = self.exits.recv() => self.failed(reason),
+            Some(error) = listener_failed.recv() => return listener_ended(&error),
         };
-        tracing::info!(signal = %signal_name(signal), "received signal; shutting down");
-        self.stop(&stop).await;
-        Ended::Signal(signal)
+        match ended {
+            Ended::Failed => return ended,
+            // Nobody else will answer those who wait.
+            Ended::Removed => self.member.raft.do_send(Abandon),
+            Ended::Signal(signal) => {
+                tracing::info!(signal = %signal_name(signal), "received signal; shutting down");
+            }
+        }
+        self.stop(&stop, &peers_stop).await;
+        ended
     }
 
     /// The line that says where everything is; the sockets are bound.
@@ -861,7 +903,10 @@ impl Daemon {
     /// The member has stopped itself. What is acknowledged is in the log; nothing more is written.
     fn failed(&self, reason: Option<Reason>) -> Ended {
         match reason {
-            Some(Reason::Removed) => Ended::Removed,
+            Some(Reason::Removed) => {
+                log_removed(&self.config);
+                Ended::Removed
+            }
             Some(Reason::Failed { part, error }) => {
                 crate::fatal!(part, error, "member stopped");
                 Ended::Failed
@@ -870,24 +915,23 @@ impl Daemon {
         }
     }
 
-    /// Starts accepting on every listener.
-    fn listen(&mut self) -> (mpsc::UnboundedReceiver<std::io::Error>, watch::Sender<bool>) {
-        let stop = watch::Sender::new(false);
-        let (failures, failed) = mpsc::unbounded_channel();
-        for (what, url, bound, served) in std::mem::take(&mut self.listeners) {
+    /// Starts accepting on the listeners that `wanted` picks by what they serve, until `stop` turns true.
+    fn listen(
+        &mut self,
+        wanted: fn(&str) -> bool,
+        stop: &watch::Sender<bool>,
+        failures: &mpsc::UnboundedSender<std::io::Error>,
+    ) {
+        for (what, url, bound, served) in self.listeners.extract_if(.., |(what, ..)| wanted(what)) {
+            let workers = if what == "peer" { &self.peer_workers } else { &self.workers };
             let serving = match what {
                 "peer" => "serving peer traffic",
                 "metrics" => "serving metrics",
                 _ => "serving client traffic",
             };
             tracing::info!(address = url.as_str(), "{serving}");
-            let accepting = listener::accept(
-                bound,
-                served,
-                self.workers.clone(),
-                self.options,
-                stop.subscribe(),
-            );
+            let accepting =
+                listener::accept(bound, served, workers.clone(), self.options, stop.subscribe());
             let failures = failures.clone();
             actix::spawn(async move {
                 if let Err(error) = accepting.await {
@@ -895,17 +939,17 @@ impl Daemon {
                 }
             });
         }
-        (failed, stop)
     }
 
     /// Stops in the order of operations 6.5: clients first, the disk last.
-    async fn stop(mut self, stop: &watch::Sender<bool>) {
+    async fn stop(mut self, stop: &watch::Sender<bool>, peers_stop: &watch::Sender<bool>) {
         let deadline = Instant::now() + self.config.raft.request_timeout();
         stop.send_replace(true);
         self.member.stopping.send_replace(true);
         while self.workers.connections() > 0 && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        self.member.hand_over().await;
         let (reply, durable) = oneshot::channel();
         self.member.applier.do_send(Checkpoint(reply));
         let checkpoint = tokio::time::timeout(self.config.raft.request_timeout(), durable).await;
@@ -918,6 +962,7 @@ impl Daemon {
         if self.wal.send(Close).await.is_err() {
             tracing::warn!("write-ahead log was closed already");
         }
+        peers_stop.send_replace(true);
         for arbiter in self.arbiters.drain(..) {
             arbiter.stop();
         }
@@ -927,6 +972,24 @@ impl Daemon {
             "closed etcd server"
         );
     }
+}
+
+/// A member that does not listen any more must not look as if it did.
+/// What etcd says when its member has been removed, and why it stops.
+fn log_removed(config: &Config) {
+    tracing::warn!(
+        error = "the member has been permanently removed from the cluster",
+        "server error"
+    );
+    tracing::warn!(
+        "data-dir" = %config.member.data_dir.display(),
+        "data-dir used by this member must be removed"
+    );
+}
+
+fn listener_ended(error: &std::io::Error) -> Ended {
+    crate::fatal!(error = %full(error), "listener failed");
+    Ended::Failed
 }
 
 /// A URL's address without its scheme, as a listener shows it.
@@ -944,38 +1007,88 @@ fn signal_name(signal: Signal) -> &'static str {
     }
 }
 
+/// Skips most of the first election timeout once more than one other member can be reached: enough is
+/// left of it to hear of a leader that there may be (operations 2.9). A member that is alone campaigns
+/// by itself.
+async fn advance_ticks(member: Arc<Member>, raft: crate::config::Raft) {
+    let election_ticks = raft.election_ticks();
+    if member.now().members.members().len() == 1 {
+        return;
+    }
+    if !raft.initial_election_tick_advance {
+        tracing::info!("election-ticks" = election_ticks, "skipping initial election tick advance");
+        return;
+    }
+    tracing::info!("election-ticks" = election_ticks, "starting initial election tick advance");
+    let deadline = Instant::now() + raft.read_timeout;
+    while Instant::now() < deadline {
+        tokio::time::sleep(REACHABLE_POLL).await;
+        let active = member.shared.reachable.count();
+        if active > 1 {
+            let ticks = election_ticks.saturating_sub(2);
+            tracing::info!(
+                "local-member-id" = %member.shared.member_id,
+                "forward-ticks" = ticks,
+                "forward-duration" = %GoDuration::from(tick_time(&raft, ticks)),
+                "election-ticks" = election_ticks,
+                "election-timeout" = %GoDuration::from(tick_time(&raft, election_ticks)),
+                "active-remote-members" = active,
+                "initialized peer connections; fast-forwarding election ticks"
+            );
+            member.raft.do_send(AdvanceTicks(usize::try_from(ticks).unwrap_or(usize::MAX)));
+            return;
+        }
+    }
+}
+
+fn tick_time(raft: &crate::config::Raft, ticks: u64) -> Duration {
+    Duration::from_millis(raft.heartbeat_ms.saturating_mul(ticks))
+}
+
 /// Publishes name and client URLs through the log, until that has been applied: the member is ready
-/// only then (operations 2.9). Answers false if the member is stopping.
+/// only then (operations 2.9). Without a leader that takes as long as there is none; each try waits
+/// for the request timeout. Answers false if the member is stopping.
 async fn publish(member: &Arc<Member>, config: &Config) -> bool {
+    let name = &config.member.name;
+    let client_urls: Vec<String> =
+        config.cluster.advertise_client_urls.iter().map(|url| url.as_str().to_string()).collect();
+    let attributes = format!("{{Name:{name} ClientURLs:[{}]}}", client_urls.join(" "));
+    let timeout = GoDuration::from(config.raft.request_timeout());
     let request = Request::ClusterMemberAttrSet(membershippb::ClusterMemberAttrSetRequest {
         member_id: member.shared.member_id.0,
-        member_attributes: Some(membershippb::Attributes {
-            name: config.member.name.clone(),
-            client_urls: config
-                .cluster
-                .advertise_client_urls
-                .iter()
-                .map(|url| url.as_str().to_string())
-                .collect(),
-        }),
+        member_attributes: Some(membershippb::Attributes { name: name.clone(), client_urls }),
     });
     loop {
-        match member.propose(request.clone()).await {
+        let error = match member.propose(request.clone()).await {
             Ok(_) => break,
-            Err(crate::actors::raft::RequestError::Stopped) => return false,
-            Err(error) => {
+            Err(RequestError::Stopped) => {
                 tracing::warn!(
                     "local-member-id" = %member.shared.member_id,
-                    %error,
-                    "failed to publish local member to cluster through raft"
+                    "local-member-attributes" = attributes,
+                    "publish-timeout" = %timeout,
+                    "stopped publish because server is stopping"
                 );
+                return false;
             }
+            Err(error) => error,
+        };
+        tracing::warn!(
+            "local-member-id" = %member.shared.member_id,
+            "local-member-attributes" = attributes,
+            "publish-timeout" = %timeout,
+            %error,
+            "failed to publish local member to cluster through raft"
+        );
+        if !matches!(error, RequestError::TimedOut | RequestError::NoLeader) {
+            // It was refused without any wait.
+            tokio::time::sleep(PUBLISH_PAUSE).await;
         }
     }
     tracing::info!(
         "local-member-id" = %member.shared.member_id,
+        "local-member-attributes" = attributes,
         "cluster-id" = %member.shared.cluster_id,
-        "publish-timeout" = ?config.raft.request_timeout(),
+        "publish-timeout" = %timeout,
         "published local member to cluster through raft"
     );
     true
@@ -998,76 +1111,5 @@ fn notify_ready() {
     match send() {
         Ok(()) => tracing::info!("notified systemd: ready"),
         Err(error) => tracing::warn!(%error, "failed to notify systemd for readiness"),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use std::cell::Cell;
-    use std::io;
-
-    use super::*;
-
-    /// A first start that advertises an address and is entered under a name.
-    fn named() -> Config {
-        let mut config = Config::default();
-        let url = |text| Url::parse(text).unwrap();
-        config.member.name = "m".to_string();
-        config.cluster.advertise_peer_urls = vec![url("http://10.0.0.1:2380")];
-        config.cluster.initial =
-            std::iter::once(("m".to_string(), vec![url("http://host:2380")])).collect();
-        config
-    }
-
-    fn check(
-        config: &Config,
-        lookup: impl Fn(u32) -> io::Result<IpAddr>,
-        patience: Duration,
-    ) -> (u32, Result<(), String>) {
-        let asked = Cell::new(0);
-        let count = |_: &str| {
-            asked.set(asked.get() + 1);
-            lookup(asked.get())
-        };
-        let checked = check_first_start(config, &count, patience, Duration::from_millis(1));
-        (asked.get(), checked.map_err(|error| error.to_string()))
-    }
-
-    #[test]
-    fn a_name_that_does_not_resolve_yet_is_asked_for_again() {
-        let late = |n| match n {
-            ..4 => Err(io::Error::other("no such host")),
-            _ => Ok(IpAddr::from([10, 0, 0, 1])),
-        };
-        assert_eq!(check(&named(), late, Duration::from_secs(60)), (4, Ok(())));
-        let (asked, checked) =
-            check(&named(), |_| Err(io::Error::other("no such host")), Duration::from_millis(20));
-        assert!((2..30).contains(&asked), "{asked}");
-        assert_eq!(
-            checked.unwrap_err(),
-            "failed to resolve http://host:2380 to match --initial-cluster=m=http://host:2380 \
-             (no such host)"
-        );
-    }
-
-    #[test]
-    fn what_no_retry_mends_fails_at_once() {
-        let (asked, checked) =
-            check(&named(), |_| Ok(IpAddr::from([10, 0, 0, 2])), Duration::from_secs(60));
-        assert_eq!(asked, 1);
-        assert!(checked.unwrap_err().starts_with("--initial-cluster has m=http://host:2380 but"));
-        let mut config = named();
-        config.member.name = "other".to_string();
-        let (asked, checked) =
-            check(&config, |_| Err(io::Error::other("never asked")), Duration::from_secs(60));
-        assert_eq!(asked, 0);
-        assert!(checked.unwrap_err().starts_with("couldn't find local name \"other\""));
-    }
-
-    #[test]
-    fn addresses_resolve_to_themselves_and_localhost_to_the_loopback() {
-        assert_eq!(resolve("192.0.2.1").unwrap(), IpAddr::from([192, 0, 2, 1]));
-        assert!(resolve("localhost").unwrap().is_loopback());
-        assert!(resolve("does.not.exist.invalid").is_err());
     }
 }

@@ -4,6 +4,7 @@
 
 pub mod actors;
 pub mod bench;
+pub mod bootstrap;
 pub mod cli;
 pub mod config;
 pub mod core;

@@ -495,20 +495,12 @@ fn rules_are_told_in_the_words_of_etcd() {
             "not supported yet: --advertise-client-urls (TLS)",
         ),
         (
-            &["--initial-cluster-state=existing"],
-            "not supported yet: --initial-cluster-state (joining a cluster)",
-        ),
-        (
-            &["--initial-cluster=a=http://a:1,b=http://b:1"],
-            "not supported yet: --initial-cluster (more than one member)",
-        ),
-        (
             &["--auth-token=jwt,sign-method=HS256,priv-key=k"],
             "not supported yet: --auth-token (jwt)",
         ),
         (
-            &["--enable-pprof", "--force-new-cluster"],
-            "not supported yet: --enable-pprof (profiling), --force-new-cluster (membership)",
+            &["--enable-pprof", "--enable-distributed-tracing"],
+            "not supported yet: --enable-pprof (profiling), --enable-distributed-tracing (tracing)",
         ),
         (
             &["--corrupt-check-time=1h"],

@@ -15,6 +15,7 @@ use quorate_proto::raftpb::{
     SnapshotMetadata,
 };
 
+const PROP: u32 = 2;
 const APP: u32 = 3;
 const APP_RESP: u32 = 4;
 const SNAP: u32 = 7;
@@ -498,6 +499,12 @@ fn a_follower_answers_only_after_its_disk() {
     cluster.node(follower).step(append).expect("in order");
     cluster.drain(follower);
     assert!(cluster.network.is_empty());
+    // What it asks of the leader says nothing of its disk, and does not wait for it.
+    cluster.node(follower).propose(Bytes::from_static(b"b")).expect("knows the leader");
+    cluster.node(follower).read_index(7);
+    cluster.drain(follower);
+    let asked: Vec<u32> = cluster.network.drain(..).map(|message| message.r#type).collect();
+    assert_eq!(asked, [PROP, READ_INDEX]);
     cluster.persist(follower, 1);
     cluster.drain(follower);
     assert_eq!(cluster.network.len(), 1);

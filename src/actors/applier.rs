@@ -1,9 +1,9 @@
 //! The applier: committed entries in index order, once; replies, events, engine batches.
 //!
 //! in:  `Apply` from actors/raft.rs, `Committed` from actors/committer.rs, `CompactSlice` from
-//!      actors/compactor.rs, `Checkpoint` from actors/snapshot.rs and the daemon
+//!      actors/compactor.rs, `Checkpoint` from transport and the daemon, `Flush` from actors/export.rs
 //! out: `Applied`, `ConfChanged` to actors/raft.rs; `Events` to actors/watch.rs; `LeaseChanges` to
-//!      actors/lease.rs; `Commit` to actors/committer.rs; `Compacted` to actors/compactor.rs;
+//!      actors/lease.rs; `Members` to the peer network; `Commit` to actors/committer.rs; `Compacted` to actors/compactor.rs;
 //!      `TakeSnapshot` to actors/snapshot.rs
 //!
 //! After each batch of entries: publish, then tell the followers of the store, then answer callers. So
@@ -26,8 +26,9 @@ use crate::actors::committer::{BatchCommitter, Commit, Committed};
 use crate::actors::compactor::Compacted;
 use crate::actors::exit::Exit;
 use crate::actors::lease::{LeaseChanges, Promoted};
+use crate::actors::peers::Members;
 use crate::actors::raft::{
-    Answer, Answered, Applied, ConfChanged, Proposal, RaftActor, RequestError, Requests,
+    Abandon, Answer, Answered, Applied, ConfChanged, Proposal, RaftActor, RequestError, Requests,
 };
 use crate::actors::shared::{Published, Shared};
 use crate::actors::snapshot::TakeSnapshot;
@@ -65,6 +66,12 @@ pub struct CompactSlice {
 #[rtype(result = "()")]
 pub struct Checkpoint(pub oneshot::Sender<Index>);
 
+/// Brings everything applied so far into the engine, where a view shows it; answers the index. It need
+/// not outlive a crash.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct Flush(pub oneshot::Sender<Index>);
+
 /// When a batch for the engine is cut, and what else the applier is told once.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
@@ -85,6 +92,9 @@ const OVERLAY_BATCHES: usize = 10;
 /// was freed since its last durable commit, and a restart replays less.
 const DURABLE_AFTER: Duration = Duration::from_secs(10);
 
+/// How long a member that was removed goes on (v3-api 3.10).
+const REMOVED_STOPS_AFTER: Duration = Duration::from_secs(1);
+
 type Waiters = HashMap<u64, oneshot::Sender<Answer>, BuildHasherDefault<FxHasher>>;
 
 /// What the applier is connected to.
@@ -97,6 +107,8 @@ pub struct Links {
     pub promoted: Recipient<Promoted>,
     pub compactor: Recipient<Compacted>,
     pub snapshotter: Recipient<TakeSnapshot>,
+    /// The peer network.
+    pub peers: Recipient<Members>,
     pub exit: Exit,
 }
 
@@ -117,6 +129,8 @@ pub struct Applier {
     durable_wanted: bool,
     /// Callers whose checkpoint the next cut is.
     checkpoints: Vec<oneshot::Sender<Index>>,
+    /// Callers whose flush the next cut is.
+    flushes: Vec<oneshot::Sender<Index>>,
     in_flight: InFlight,
     snapshot_index: Index,
     snapshot_wanted: bool,
@@ -128,6 +142,7 @@ struct InFlight {
     term: Term,
     members: Option<Arc<Membership>>,
     checkpoints: Vec<oneshot::Sender<Index>>,
+    flushes: Vec<oneshot::Sender<Index>>,
 }
 
 impl Applier {
@@ -146,6 +161,7 @@ impl Applier {
             last_durable: Instant::now(),
             durable_wanted: false,
             checkpoints: Vec::new(),
+            flushes: Vec::new(),
             in_flight: InFlight::default(),
             snapshot_index: options.snapshot_index,
             snapshot_wanted: false,
@@ -155,11 +171,12 @@ impl Applier {
     fn apply(&mut self, apply: Apply, ctx: &mut Context<Self>) {
         let Some(last) = apply.entries.last().map(|entry| Index(entry.index)) else { return };
         self.waiters.extend(apply.waiters);
-        let engine = self.links.shared.engine.clone();
+        let engine = self.links.shared.published.load().engine.clone();
         let values = Values::new(&*engine);
         let size = || engine.size().unwrap_or(0);
         let mut effects = Effects::default();
         let mut answers: Vec<(u64, Result<Reply, RequestError>, Term)> = Vec::new();
+        let mut changes = Vec::new();
         for entry in &apply.entries {
             let started = Instant::now();
             let waiters = &self.waiters;
@@ -175,7 +192,7 @@ impl Applier {
                 Ok(None) => {}
                 Ok(Some(outcome)) => {
                     self.account(&outcome, started.elapsed());
-                    self.settle(entry, outcome, &mut answers);
+                    self.settle(entry, outcome, &mut answers, &mut changes);
                 }
                 Err(error) => {
                     // Whatever was applied of this batch is in the log; nothing of it is answered.
@@ -190,6 +207,11 @@ impl Applier {
             let Some(waiter) = self.waiters.remove(&id) else { continue };
             // A caller that gave up needs no answer.
             answer(waiter, result.map(|reply| Answered { reply, term }));
+        }
+        // After the publication, so that the proposer finds the members of its change; before `Applied`,
+        // as the node has to know them then.
+        for change in changes {
+            self.conf_changed(change, ctx);
         }
         self.links.raft.do_send(Applied(last));
         self.metrics.proposals_applied.set(last.0 as f64);
@@ -224,12 +246,17 @@ impl Applier {
         entry: &raftpb::Entry,
         outcome: Outcome,
         answers: &mut Vec<(u64, Result<Reply, RequestError>, Term)>,
+        changes: &mut Vec<ConfChanged>,
     ) {
         let term = Term(entry.term);
         match outcome.kind {
             Kind::Empty => self.links.promoted.do_send(Promoted(term)),
             Kind::ConfChange(change) => {
-                self.links.raft.do_send(ConfChanged { index: Index(entry.index), change })
+                let result = outcome.result.map_err(RequestError::Apply);
+                let result = result.map(|reply| Answered { reply, term });
+                let waiter = self.waiters.remove(&outcome.id);
+                let answer = waiter.map(|waiter| (waiter, result));
+                return changes.push(ConfChanged { index: Index(entry.index), change, answer });
             }
             Kind::Request(_) => {}
         }
@@ -241,6 +268,17 @@ impl Applier {
         } else {
             answers.push((outcome.id, outcome.result.map_err(RequestError::Apply), term));
         }
+    }
+
+    fn conf_changed(&mut self, changed: ConfChanged, ctx: &mut Context<Self>) {
+        if let Some(change) = &changed.change {
+            let remove = change.r#type == raftpb::ConfChangeType::RemoveNode as i32;
+            if remove && change.node_id == self.links.shared.member_id.0 {
+                // Others, and those who wait here, learn of it first.
+                ctx.run_later(REMOVED_STOPS_AFTER, |this, _| this.links.exit.removed());
+            }
+        }
+        self.links.raft.do_send(changed);
     }
 
     /// Raises the alarm for this member; the caller is answered when it is in force.
@@ -269,7 +307,9 @@ impl Applier {
         let shared = &self.links.shared;
         let previous = shared.published.load_full();
         let members = effects.members || effects.cluster_version;
-        let published = Published::of(&self.machine, Some((&previous, effects.alarms, members)));
+        let engine = previous.engine.clone();
+        let kept = Some((&*previous, effects.alarms, members));
+        let published = Published::of(&self.machine, engine, kept);
         shared.published.store(Arc::new(published));
     }
 
@@ -296,6 +336,10 @@ impl Applier {
         for scheduled in effects.compactions {
             self.metrics.compact_revision.set(scheduled.at as f64);
             self.links.compactor.do_send(Compacted(scheduled));
+        }
+        if effects.members {
+            let members = self.links.shared.published.load().members.clone();
+            self.links.peers.do_send(Members(members));
         }
         if effects.alarms {
             self.show_alarms();
@@ -334,10 +378,11 @@ impl Applier {
         }
         let (waiting, dirty) = self.machine.waiting();
         self.metrics.overlay_writes.set(self.machine.store.now().uncommitted() as f64);
-        if self.committing || !(dirty || self.durable_wanted) {
+        let due = self.durable_wanted || !self.flushes.is_empty();
+        if self.committing || !(dirty || due) {
             return;
         }
-        if waiting >= self.options.batch_limit || self.durable_wanted {
+        if waiting >= self.options.batch_limit || due {
             self.cut();
         } else if !self.cut_due {
             self.cut_due = true;
@@ -361,12 +406,15 @@ impl Applier {
         };
         self.durable_wanted = false;
         self.committing = true;
+        let now = self.links.shared.published.load();
         self.in_flight = InFlight {
             term: self.machine.term(),
-            members: Some(self.links.shared.published.load().members.clone()),
+            members: Some(now.members.clone()),
             checkpoints: std::mem::take(&mut self.checkpoints),
+            flushes: std::mem::take(&mut self.flushes),
         };
-        self.links.committer.do_send(Commit { batch, index, durability });
+        let engine = now.engine.clone();
+        self.links.committer.do_send(Commit { engine, batch, index, durability });
         // The moved changes stay readable: the next publication shows them as being committed.
     }
 
@@ -403,6 +451,9 @@ impl Handler<Committed> for Applier {
         self.machine.store.committed();
         self.publish(&Effects::default());
         let done = std::mem::take(&mut self.in_flight);
+        for flush in done.flushes {
+            answer(flush, committed.index);
+        }
         if committed.durable {
             for checkpoint in done.checkpoints {
                 answer(checkpoint, committed.index);
@@ -425,12 +476,34 @@ impl Handler<Committed> for Applier {
     }
 }
 
+impl Handler<Abandon> for Applier {
+    type Result = ();
+
+    fn handle(&mut self, _: Abandon, _: &mut Self::Context) {
+        self.waiters.clear();
+        for apply in &mut self.held {
+            apply.waiters.clear();
+        }
+    }
+}
+
 impl Handler<Checkpoint> for Applier {
     type Result = ();
 
     fn handle(&mut self, Checkpoint(reply): Checkpoint, _: &mut Self::Context) {
         self.checkpoints.push(reply);
         self.durable_wanted = true;
+        if !self.committing {
+            self.cut();
+        }
+    }
+}
+
+impl Handler<Flush> for Applier {
+    type Result = ();
+
+    fn handle(&mut self, Flush(reply): Flush, _: &mut Self::Context) {
+        self.flushes.push(reply);
         if !self.committing {
             self.cut();
         }

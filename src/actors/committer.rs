@@ -8,10 +8,9 @@
 use std::sync::Arc;
 
 use actix::prelude::*;
-use engine_api::{Batch, Durability};
+use engine_api::{Batch, Durability, Engine};
 
 use crate::actors::exit::Exit;
-use crate::actors::shared::Shared;
 use crate::core::types::Index;
 use crate::metrics::Metrics;
 
@@ -19,6 +18,7 @@ use crate::metrics::Metrics;
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Commit {
+    pub engine: Arc<dyn Engine>,
     pub batch: Batch,
     /// The applied index that the batch brings the engine to.
     pub index: Index,
@@ -35,7 +35,6 @@ pub struct Committed {
 
 /// Owns the right to write to the engine.
 pub struct BatchCommitter {
-    shared: Arc<Shared>,
     applier: Recipient<Committed>,
     exit: Exit,
     metrics: &'static Metrics,
@@ -43,8 +42,8 @@ pub struct BatchCommitter {
 
 impl BatchCommitter {
     /// A committer that reports to `applier`.
-    pub fn new(shared: Arc<Shared>, applier: Recipient<Committed>, exit: Exit) -> Self {
-        BatchCommitter { shared, applier, exit, metrics: Metrics::global() }
+    pub fn new(applier: Recipient<Committed>, exit: Exit) -> Self {
+        BatchCommitter { applier, exit, metrics: Metrics::global() }
     }
 }
 
@@ -57,7 +56,7 @@ impl Handler<Commit> for BatchCommitter {
 
     fn handle(&mut self, commit: Commit, _: &mut Self::Context) {
         let started = std::time::Instant::now();
-        if let Err(error) = self.shared.engine.commit(&commit.batch, commit.durability) {
+        if let Err(error) = commit.engine.commit(&commit.batch, commit.durability) {
             // The applier gets no answer, so it cuts no further batch and the member stops.
             return self.exit.fail("storage engine", &error);
         }

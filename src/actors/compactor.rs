@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use actix::prelude::*;
+use engine_api::Engine;
 use quorate_proto::etcdserverpb as pb;
 use tokio::sync::oneshot;
 
@@ -127,7 +128,7 @@ impl Compactor {
         let hashing = hash_in_slices(self.shared.clone(), scheduled, self.options).into_actor(self);
         ctx.spawn(hashing.map(move |hashed, this, ctx| {
             match hashed {
-                Ok(None) => return,
+                Ok(None) => {}
                 Ok(Some(hash)) => {
                     tracing::info!(
                         hash = hash.hash,
@@ -244,7 +245,14 @@ impl Compactor {
     }
 }
 
-/// Hashes with the pauses that a compaction makes; `None` if the member is stopping.
+/// A hash under way, and the engine that it is taken of.
+struct Begun {
+    engine: Arc<dyn Engine>,
+    hasher: KvHasher,
+}
+
+/// Hashes with the pauses that a compaction makes; `None` if another store took this one's place, or
+/// the member is stopping.
 async fn hash_in_slices(
     shared: Arc<Shared>,
     scheduled: Scheduled,
@@ -254,20 +262,26 @@ async fn hash_in_slices(
     let mut begun = None;
     loop {
         let shared = shared.clone();
-        let slice = move || -> Result<(KvHasher, Option<KvHash>), ReadError> {
+        let slice = move || -> Result<Option<(Begun, Option<KvHash>)>, ReadError> {
             let now = shared.published.load();
             let Scheduled { at, previous } = scheduled;
-            let mut hasher =
-                begun.unwrap_or_else(|| KvHasher::of_compaction(&now.store, at, previous));
+            let Begun { engine, mut hasher } = begun.unwrap_or_else(|| Begun {
+                engine: now.engine.clone(),
+                hasher: KvHasher::of_compaction(&now.store, at, previous),
+            });
+            if !Arc::ptr_eq(&engine, &now.engine) {
+                return Ok(None);
+            }
             // The view comes last: it holds whatever the snapshot has passed on to the engine.
-            let values = Values::new(&*shared.engine);
+            let values = Values::new(&*now.engine);
             let done = hasher.slice(&now.store, values.view()?, entries)?;
-            Ok((hasher, done))
+            Ok(Some((Begun { engine, hasher }, done)))
         };
         let Ok(sliced) = tokio::task::spawn_blocking(slice).await else { return Ok(None) };
         match sliced? {
-            (_, Some(hash)) => return Ok(Some(hash)),
-            (hasher, None) => begun = Some(hasher),
+            None => return Ok(None),
+            Some((_, Some(hash))) => return Ok(Some(hash)),
+            Some((so_far, None)) => begun = Some(so_far),
         }
         tokio::time::sleep(options.sleep).await;
     }

@@ -52,6 +52,11 @@ impl Exit {
         drop(self.reasons.send(Reason::Failed { part, error: text }));
     }
 
+    /// This member was removed from the cluster: it stops, and that is no failure.
+    pub fn removed(&self) {
+        drop(self.reasons.send(Reason::Removed));
+    }
+
     /// Whether some part has failed.
     pub fn failed(&self) -> bool {
         self.failed.load(Ordering::Acquire)

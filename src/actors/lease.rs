@@ -2,7 +2,7 @@
 //!
 //! in:  `LeaseChanges` and `Promoted` from actors/applier.rs, `LeaderChanged` from actors/raft.rs,
 //!      `Renewals`, `Remaining`, `ListLeases` from transport/grpc/lease.rs
-//! out: `Requests` (revokes, checkpoints) to actors/raft.rs
+//! out: `AsLeader` (revokes, checkpoints) to actors/raft.rs
 //!
 //! A keep-alive is answered from here and never enters the log.
 
@@ -16,7 +16,7 @@ use quorate_proto::etcdserverpb as pb;
 use tokio::sync::oneshot;
 
 use crate::actors::answer;
-use crate::actors::raft::{Proposal, RaftActor, Requests};
+use crate::actors::raft::{AsLeader, Proposal, RaftActor};
 use crate::actors::shared::Shared;
 use crate::core::apply::LeaseChange;
 use crate::core::command::{Command, Request};
@@ -175,7 +175,7 @@ impl LeaseManager {
         let (reply, done) = oneshot::channel();
         let proposals = vec![Proposal { id, data, reply }];
         // At most REVOKES_IN_FLIGHT and one batch of checkpoints a tick.
-        self.raft.do_send(Requests { proposals, reads: Vec::new() });
+        self.raft.do_send(AsLeader(proposals));
         done
     }
 

@@ -7,8 +7,10 @@
 //!                                   raft ── Apply ───► applier ── Applied, ConfChanged ──► raft
 //! applier ── Commit ──► committer ── Committed ──► applier
 //! applier ── Events ──► watch ── responses ──► transport
-//! applier ── LeaseChanges, Promoted ──► lease ── Requests (revokes) ──► raft
+//! applier ── LeaseChanges, Promoted ──► lease ── AsLeader (revokes) ──► raft
 //! applier ── Compacted ──► compactor ── CompactSlice ──► applier
+//! raft ── Send ──► transport/peer ── Step, Unreachable, SnapshotDone ──► raft
+//! applier ── Members ──► transport/peer
 //! applier ── TakeSnapshot ──► snapshot ── SaveSnapshot, Release ──► wal
 //! transport ── Renewals, Remaining ──► lease      transport ── Open, Ask, Delivered ──► watch
 //! ```
@@ -30,6 +32,7 @@ pub mod committer;
 pub mod compactor;
 pub mod disk;
 pub mod exit;
+pub mod export;
 pub mod lease;
 pub mod monitor;
 pub mod peers;

@@ -48,13 +48,14 @@ impl Monitor {
 
     fn refresh(&mut self, _: &mut Context<Self>) {
         // A failing engine says so itself, where it is used.
-        if let Ok(size) = self.shared.engine.size() {
+        let now = self.shared.published.load();
+        if let Ok(size) = now.engine.size() {
             self.metrics.db_size.set(size as f64);
         }
-        if let Ok(in_use) = self.shared.engine.size_in_use() {
+        if let Ok(in_use) = now.engine.size_in_use() {
             self.metrics.db_size_in_use.set(in_use as f64);
         }
-        let learner = self.shared.published.load().members.is_learner();
+        let learner = now.members.is_learner();
         self.metrics.is_learner.set(f64::from(u8::from(learner)));
     }
 

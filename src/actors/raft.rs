@@ -1,6 +1,7 @@
 //! The raft actor: ticks and steps the node, and hands out what it decides.
 //!
-//! in:  `Requests`, `ChangeConf`, `TransferLeader` from transport, `Step`, `Unreachable`, `SnapshotDone`
+//! in:  `Requests`, `ChangeConf`, `TransferLeader`, `AwaitApplied` from transport, `AsLeader` from
+//!      actors/lease.rs, `Abandon`, `AdvanceTicks` from the daemon, `Step`, `Unreachable`, `SnapshotDone`
 //!      from the peer network, `Persisted` from actors/wal.rs, `Applied` and `ConfChanged` from
 //!      actors/applier.rs
 //! out: `Append` to actors/wal.rs, `Apply` to actors/applier.rs, `Send` to the peer network,
@@ -64,6 +65,12 @@ pub enum RequestError {
     NoLeader,
     #[error("request took longer than the request timeout")]
     TimedOut,
+    #[error("request took longer than the request timeout, in which the leader was lost")]
+    LeaderFailed,
+    #[error("request took longer than the request timeout, in which the leader was out of reach")]
+    ConnectionLost,
+    #[error("what was committed took too long to apply")]
+    NotApplied,
     #[error("too many entries are committed but not applied")]
     TooManyRequests,
     #[error("request is larger than the log takes")]
@@ -129,12 +136,37 @@ pub struct ConfChanged {
     /// Of the log entry.
     pub index: Index,
     pub change: Option<raftpb::ConfChange>,
+    /// The proposer on this member and its answer, which it gets once raft has taken the change over:
+    /// what it does next may depend on the new members.
+    pub answer: Option<(oneshot::Sender<Answer>, Answer)>,
 }
+
+/// Answered when this member has applied everything that it knew as committed when this came.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct AwaitApplied(pub ReadWaiter);
+
+/// Proposals that only a leader may make. A member that leads no more drops them: handed on, they would
+/// reach a leader that has given the leases more time.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct AsLeader(pub Vec<Proposal>);
+
+/// This member stops without another word from the cluster: whoever waits is told so.
+#[derive(Message, Clone, Copy, PartialEq, Eq, Debug)]
+#[rtype(result = "()")]
+pub struct Abandon;
 
 /// Hands leadership to another member.
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct TransferLeader(pub MemberId);
+
+/// Lets so many ticks pass at once, unless a leader is known. A member that has just found its peers
+/// need not wait a whole election timeout; one that hears of a leader must not disturb it.
+#[derive(Message, Clone, Copy, PartialEq, Eq, Debug)]
+#[rtype(result = "()")]
+pub struct AdvanceTicks(pub usize);
 
 #[derive(Message)]
 #[rtype(result = "()")]
@@ -189,6 +221,8 @@ pub struct RaftActor {
     options: Options,
     metrics: &'static Metrics,
 
+    /// When the last tick was.
+    ticked: std::time::Instant,
     drive_due: bool,
     work: usize,
     appends: usize,
@@ -206,8 +240,10 @@ pub struct RaftActor {
     parked_changes: VecDeque<ChangeConf>,
     reads: Vec<ReadWaiter>,
     round: Option<Round>,
-    /// Reads whose index is known but not applied yet, by index.
+    /// Those who wait until an index is applied, by index.
     unapplied: VecDeque<(Index, Vec<ReadWaiter>)>,
+    /// Nobody is answered any more.
+    abandoned: bool,
 }
 
 /// What the actor is connected to.
@@ -233,6 +269,7 @@ impl RaftActor {
             exit: links.exit,
             options,
             metrics: Metrics::global(),
+            ticked: std::time::Instant::now(),
             drive_due: false,
             work: 0,
             appends: 0,
@@ -246,6 +283,7 @@ impl RaftActor {
             reads: Vec::new(),
             round: None,
             unapplied: VecDeque::new(),
+            abandoned: false,
         }
     }
 
@@ -370,13 +408,11 @@ impl RaftActor {
     }
 
     fn leader_changed(&mut self, leader: MemberId) {
-        let view = &self.shared.raft;
         let leading = leader == self.shared.member_id;
-        let before = view.leader.swap(leader.0, Ordering::AcqRel);
-        let led = view.leading.swap(leading, Ordering::AcqRel);
+        let (changed, led) = self.shared.set_leader(leader);
         self.metrics.has_leader.set(f64::from(u8::from(leader.0 != 0)));
         self.metrics.is_leader.set(f64::from(u8::from(leading)));
-        if leader.0 != 0 && leader.0 != before {
+        if leader.0 != 0 && changed {
             self.metrics.leader_changes.increment(1);
             let term = self.node.status().term;
             tracing::info!(
@@ -388,16 +424,19 @@ impl RaftActor {
         if led && !leading {
             self.leases.do_send(LeaderChanged { leading: false, term: self.node.status().term });
         }
+        if leader.0 == 0 {
+            // A round under way may still be answered, or ends with the next leader.
+            return;
+        }
         if let Some(round) = self.round.take() {
             self.node.forget_read(round.context);
             for waiter in round.waiters {
                 answer(waiter, Err(RequestError::LeaderChanged));
             }
         }
-        if leader.0 != 0 {
-            self.proposals.extend(std::mem::take(&mut self.parked));
-            self.propose_all();
-        }
+        self.proposals.extend(std::mem::take(&mut self.parked));
+        self.propose_all();
+        self.propose_changes();
     }
 
     /// Starts a read-index round for everything that waits, unless one is under way: later reads
@@ -417,12 +456,21 @@ impl RaftActor {
 
     fn read_index_known(&mut self, context: u64, index: Index) {
         let Some(round) = self.round.take_if(|round| round.context == context) else { return };
+        self.when_applied(index, round.waiters);
+    }
+
+    /// Tells `waiters` once everything up to `index` is applied.
+    fn when_applied(&mut self, index: Index, waiters: Vec<ReadWaiter>) {
         if index <= self.shared.published.load().applied {
-            for waiter in round.waiters {
+            for waiter in waiters {
                 answer(waiter, Ok(()));
             }
-        } else {
-            self.unapplied.push_back((index, round.waiters));
+            return;
+        }
+        let at = self.unapplied.partition_point(|(needed, _)| *needed < index);
+        match self.unapplied.get_mut(at) {
+            Some((needed, others)) if *needed == index => others.extend(waiters),
+            _ => self.unapplied.insert(at, (index, waiters)),
         }
     }
 
@@ -450,17 +498,30 @@ impl RaftActor {
     }
 
     fn tick(&mut self, ctx: &mut Context<Self>) {
+        let now = std::time::Instant::now();
+        let since = now - std::mem::replace(&mut self.ticked, now);
+        if since > 2 * self.options.tick && self.node.is_leader() {
+            self.metrics.heartbeat_send_failures.increment(1);
+            tracing::warn!(
+                took = ?since,
+                "heartbeat-interval" = ?self.options.tick,
+                "leader failed to send out heartbeat on time; took too long, leader is overloaded likely from slow disk"
+            );
+        }
         self.node.tick();
+        self.shared.raft.ticked.store(self.shared.now().0, Ordering::Release);
         if self.commit_state.is_some() && self.appends == 0 && !self.exit.failed() {
             self.append(None, Vec::new(), false);
         }
         self.parked.retain(|proposal| !proposal.reply.is_closed());
+        self.parked_changes.retain(|change| !change.reply.is_closed());
         self.reads.retain(|waiter| !waiter.is_closed());
         // Without a quorum nothing is handed on, and those who gave up are replaced by others.
         self.waiters.retain(|(_, waiter)| !waiter.is_closed());
-        for (_, waiters) in &mut self.unapplied {
+        self.unapplied.retain_mut(|(_, waiters)| {
             waiters.retain(|waiter| !waiter.is_closed());
-        }
+            !waiters.is_empty()
+        });
         if let Some(round) = &mut self.round
             && round.asked.elapsed() >= READ_RETRY
         {
@@ -502,6 +563,9 @@ impl Handler<Requests> for RaftActor {
     type Result = ();
 
     fn handle(&mut self, requests: Requests, ctx: &mut Self::Context) {
+        if self.abandoned {
+            return;
+        }
         self.work += requests.proposals.len();
         self.proposals.extend(requests.proposals);
         self.reads.extend(requests.reads);
@@ -513,6 +577,9 @@ impl Handler<ChangeConf> for RaftActor {
     type Result = ();
 
     fn handle(&mut self, ChangeConf { change, reply }: ChangeConf, ctx: &mut Self::Context) {
+        if self.abandoned {
+            return;
+        }
         self.parked_changes.push_back(ChangeConf { change, reply });
         self.propose_changes();
         self.drive_soon(ctx);
@@ -600,11 +667,26 @@ impl Handler<Applied> for RaftActor {
 impl Handler<ConfChanged> for RaftActor {
     type Result = ();
 
-    fn handle(&mut self, ConfChanged { index, change }: ConfChanged, ctx: &mut Self::Context) {
+    fn handle(&mut self, changed: ConfChanged, ctx: &mut Self::Context) {
+        let ConfChanged { index, change, answer: waiting } = changed;
         if let Err(error) = self.node.apply_conf_change(index, change.as_ref()) {
             return self.exit.fail("raft", &error);
         }
+        if let Some((proposer, result)) = waiting {
+            answer(proposer, result);
+        }
         self.drive_soon(ctx);
+    }
+}
+
+impl Handler<AdvanceTicks> for RaftActor {
+    type Result = ();
+
+    fn handle(&mut self, AdvanceTicks(ticks): AdvanceTicks, ctx: &mut Self::Context) {
+        if self.shared.leader().is_none() {
+            self.node.advance_ticks(ticks);
+            self.drive_soon(ctx);
+        }
     }
 }
 
@@ -614,5 +696,47 @@ impl Handler<TransferLeader> for RaftActor {
     fn handle(&mut self, TransferLeader(to): TransferLeader, ctx: &mut Self::Context) {
         self.node.transfer_leader(to);
         self.drive_soon(ctx);
+    }
+}
+
+impl Handler<AwaitApplied> for RaftActor {
+    type Result = ();
+
+    fn handle(&mut self, AwaitApplied(waiter): AwaitApplied, _: &mut Self::Context) {
+        if !self.abandoned {
+            self.when_applied(self.node.committed(), vec![waiter]);
+        }
+    }
+}
+
+impl Handler<AsLeader> for RaftActor {
+    type Result = ();
+
+    fn handle(&mut self, AsLeader(proposals): AsLeader, ctx: &mut Self::Context) {
+        if self.node.is_leader() && !self.abandoned {
+            // At once: a message in the mailbox may end this member's leadership.
+            self.proposals.extend(proposals);
+            self.propose_all();
+            self.drive_soon(ctx);
+        }
+    }
+}
+
+impl Handler<Abandon> for RaftActor {
+    type Result = ();
+
+    fn handle(&mut self, _: Abandon, _: &mut Self::Context) {
+        self.abandoned = true;
+        // Whoever waits is told by the end of its channel.
+        self.proposals.clear();
+        self.parked.clear();
+        self.parked_changes.clear();
+        self.waiters.clear();
+        self.reads.clear();
+        self.unapplied.clear();
+        if let Some(round) = self.round.take() {
+            self.node.forget_read(round.context);
+        }
+        self.applier.do_send(Abandon);
     }
 }

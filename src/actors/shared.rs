@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use engine_api::Engine;
+use parking_lot::Mutex;
+use tokio::sync::watch;
 
 use crate::actors::peers::Liveness;
 use crate::actors::watch::Backlog;
@@ -17,12 +19,15 @@ use crate::core::membership::Membership;
 use crate::core::mvcc::hash::{CompactionHashes, KvHash};
 use crate::core::mvcc::history::event;
 use crate::core::mvcc::{ReadError, Snapshot, Values};
+use crate::core::reconfig::{Contact, Leadership, STABLE_AFTER};
 use crate::core::types::{ClusterId, Index, MemberId, Revision, Term, Uptime};
 use quorate_proto::KeyValueBytes;
 
-/// All replicated state after one applied batch of entries.
+/// All replicated state after one applied batch of entries, with the engine that holds the rest of it:
+/// one load gives a pair that belongs together, also while a snapshot of the leader replaces both.
 #[derive(Clone)]
 pub struct Published {
+    pub engine: Arc<dyn Engine>,
     pub store: Snapshot,
     pub leases: LeaseTable,
     pub alarms: Arc<Alarms>,
@@ -33,8 +38,13 @@ pub struct Published {
 }
 
 impl Published {
-    /// What `machine` holds now; alarms and members are taken from `previous` unless they changed.
-    pub fn of(machine: &Machine, previous: Option<(&Published, bool, bool)>) -> Self {
+    /// What `machine` holds now over `engine`; alarms and members are taken from `previous` unless
+    /// they changed.
+    pub fn of(
+        machine: &Machine,
+        engine: Arc<dyn Engine>,
+        previous: Option<(&Published, bool, bool)>,
+    ) -> Self {
         let (alarms, members) = match previous {
             Some((previous, alarms_changed, members_changed)) => (
                 (!alarms_changed).then(|| previous.alarms.clone()),
@@ -43,6 +53,7 @@ impl Published {
             None => (None, None),
         };
         Published {
+            engine,
             store: machine.store.now().clone(),
             leases: machine.leases.clone(),
             alarms: alarms.unwrap_or_else(|| Arc::new(machine.alarms.clone())),
@@ -63,17 +74,28 @@ pub struct RaftView {
     pub committed: AtomicU64,
     /// This member leads.
     pub leading: AtomicBool,
+    /// When raft last ticked, in milliseconds of [`Shared::now`].
+    pub ticked: AtomicU64,
+    /// `leader` for those who wait for another one.
+    pub leaders: watch::Sender<MemberId>,
+    /// When the last leaders came and went.
+    times: Mutex<LeaderTimes>,
+}
+
+#[derive(Clone, Copy, Default)]
+struct LeaderTimes {
+    elected: Option<Uptime>,
+    lost: Option<Uptime>,
 }
 
 /// One member's shared state.
 pub struct Shared {
     pub cluster_id: ClusterId,
     pub member_id: MemberId,
-    pub engine: Arc<dyn Engine>,
     pub published: ArcSwap<Published>,
     pub raft: RaftView,
     /// Members that the peer network can reach.
-    pub reachable: Liveness,
+    pub reachable: Arc<Liveness>,
     /// What compactions left to be compared with other members. Belongs to the store that they were
     /// made on: another store begins without any.
     pub compaction_hashes: ArcSwap<CompactionHashes>,
@@ -87,12 +109,7 @@ pub struct Shared {
 
 impl Shared {
     /// The state of a member that has just read its data directory.
-    pub fn new(
-        cluster_id: ClusterId,
-        member_id: MemberId,
-        engine: Arc<dyn Engine>,
-        published: Published,
-    ) -> Self {
+    pub fn new(cluster_id: ClusterId, member_id: MemberId, published: Published) -> Self {
         let unix_ms = std::time::SystemTime::now()
             .duration_since(std::time::UNIX_EPOCH)
             .map_or(0, |since| since.as_millis() as u64);
@@ -101,10 +118,9 @@ impl Shared {
         Shared {
             cluster_id,
             member_id,
-            engine,
             published: ArcSwap::from_pointee(published),
             raft: RaftView::default(),
-            reachable: Liveness::default(),
+            reachable: Arc::default(),
             compaction_hashes: ArcSwap::default(),
             defragmenting: AtomicBool::new(false),
             unwatched: Backlog::default(),
@@ -131,6 +147,63 @@ impl Shared {
         }
     }
 
+    /// Notes who leads now, 0 for nobody; answers whether it was another one before, and whether this
+    /// member led.
+    pub fn set_leader(&self, leader: MemberId) -> (bool, bool) {
+        let view = &self.raft;
+        let changed = view.leader.swap(leader.0, Ordering::AcqRel) != leader.0;
+        let led = view.leading.swap(leader == self.member_id, Ordering::AcqRel);
+        if changed {
+            let mut times = view.times.lock();
+            if leader.0 == 0 {
+                times.lost = Some(self.now());
+            } else {
+                times.elected = Some(self.now());
+            }
+            drop(times);
+            view.leaders.send_replace(leader);
+        }
+        (changed, led)
+    }
+
+    /// Waits until a leader is known that `fits`; answers it.
+    pub async fn leader_that(&self, fits: impl Fn(MemberId) -> bool) -> MemberId {
+        let mut leaders = self.raft.leaders.subscribe();
+        let found = leaders.wait_for(|leader| leader.0 != 0 && fits(*leader)).await;
+        *found.expect("the sender lives in `self`")
+    }
+
+    /// What is known of the leader, for [`crate::core::reconfig::silence`].
+    pub fn leadership(&self) -> Leadership {
+        let times = *self.raft.times.lock();
+        Leadership {
+            leader: self.leader().unwrap_or_default(),
+            elected_ms: times.elected.map(|at| at.0),
+            lost_ms: times.lost.map(|at| at.0),
+        }
+    }
+
+    /// The time of [`Shared::now`] at `at`.
+    pub fn uptime_at(&self, at: Instant) -> Uptime {
+        Uptime(at.saturating_duration_since(self.started).as_millis() as u64)
+    }
+
+    /// How well this member is connected to another one.
+    pub fn contact(&self, id: MemberId) -> Contact {
+        match self.reachable.since(id) {
+            None => Contact::None,
+            Some(since) if since.elapsed() >= STABLE_AFTER => Contact::Stable,
+            Some(_) => Contact::Recent,
+        }
+    }
+
+    /// Whether raft ticks: a member that was stopped, or whose log hangs, may lead no more and not
+    /// know it yet.
+    pub fn ticks(&self, heartbeat: Duration) -> bool {
+        let silent = self.now().0.saturating_sub(self.raft.ticked.load(Ordering::Acquire));
+        u128::from(silent) <= 3 * heartbeat.as_millis()
+    }
+
     /// Reads from the newest published state; once more if a compaction took away what was read.
     ///
     /// # Errors
@@ -141,7 +214,7 @@ impl Shared {
     ) -> Result<T, ReadError> {
         loop {
             let now = self.published.load();
-            match read(&now, &Values::new(&*self.engine)) {
+            match read(&now, &Values::new(&*now.engine)) {
                 // The snapshot was older than a compaction; a newer one says so, or has the answer.
                 Err(ReadError::Superseded(_))
                     if self.published.load().store.compact_revision()
@@ -217,7 +290,7 @@ impl History for SharedHistory<'_> {
         visit: &mut dyn FnMut(Event) -> bool,
     ) -> Result<(), HistoryError> {
         use std::ops::ControlFlow;
-        let view = self.shared.engine.view()?;
+        let view = self.now.engine.view()?;
         // Deletions that the view shows belong to a compaction that was published before them, so a
         // look at the newest state tells whether this range is still whole.
         let compacted = self.shared.published.load().store.compact_revision();
@@ -253,7 +326,7 @@ impl History for SharedHistory<'_> {
             return Ok(None);
         }
         let Some(found) = store.find(key, at) else { return Ok(None) };
-        match store.value(&Values::new(&*self.shared.engine), found.modified) {
+        match store.value(&Values::new(&*self.now.engine), found.modified) {
             Ok(value) => Ok(Some(value)),
             Err(ReadError::Superseded(_)) => Ok(None),
             Err(error) => Err(storage(error)),
@@ -291,15 +364,15 @@ pub(crate) mod tests {
 
     impl Bench {
         pub fn new() -> Bench {
-            let engine = Arc::new(Memory::new());
+            let engine: Arc<dyn Engine> = Arc::new(Memory::new());
             let members = Membership::new(ClusterId(1), MemberId(1), 1);
             let version = Version::parse("3.7.0").expect("a version");
             let view = engine.view().expect("memory does not fail");
             let restored = Machine::restore(&*view, members, 1, version);
             let machine = restored.expect("an empty engine is a state").machine;
             drop(view);
-            let published = Published::of(&machine, None);
-            let shared = Arc::new(Shared::new(ClusterId(1), MemberId(1), engine, published));
+            let published = Published::of(&machine, engine, None);
+            let shared = Arc::new(Shared::new(ClusterId(1), MemberId(1), published));
             Bench { shared, machine, next: 1 }
         }
 
@@ -313,12 +386,14 @@ pub(crate) mod tests {
                 ..Default::default()
             };
             self.next += 1;
-            let engine = self.shared.engine.clone();
+            let engine = self.shared.published.load().engine.clone();
             let (values, mut effects) = (Values::new(&*engine), Effects::default());
             self.machine
                 .apply(&values, &entry, |_| true, Quota(None), || 0, &mut effects)
                 .expect("a put is applied");
-            self.shared.published.store(Arc::new(Published::of(&self.machine, None)));
+            drop(values);
+            let published = Published::of(&self.machine, engine, None);
+            self.shared.published.store(Arc::new(published));
             effects.events
         }
 

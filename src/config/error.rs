@@ -166,6 +166,8 @@ pub enum ConfigError {
     NoInitialCluster,
     #[error("initial cluster {0} has duplicate url")]
     DuplicateUrl(String),
+    #[error("discovery URL should not be set when joining existing initial cluster")]
+    DiscoveryWhenJoining,
     #[error(
         "--initial-cluster has {name}={url} but missing from \
          --initial-advertise-peer-urls={advertised}"

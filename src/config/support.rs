@@ -4,7 +4,7 @@
 use super::Config;
 use super::error::ConfigError;
 use super::flags::{FILE_ONLY, FLAGS};
-use super::types::{AuthToken, ClusterState};
+use super::types::AuthToken;
 use super::url::Url;
 
 /// Flags that must be left at their default, and what they belong to.
@@ -44,7 +44,6 @@ const AT_DEFAULT: &[(&str, &str)] = &[
     ("discovery-password", DISCOVERY),
     ("discovery-srv", DISCOVERY),
     ("discovery-srv-name", DISCOVERY),
-    ("force-new-cluster", "membership"),
     ("enable-pprof", "profiling"),
     ("enable-distributed-tracing", "tracing"),
     ("corrupt-check-time", "corruption checks"),
@@ -63,8 +62,6 @@ const BY_VALUE: &[(&str, fn(&Config) -> bool, &str)] = &[
     ("listen-metrics-urls", |c| any_tls(&c.listen.metrics_urls), "TLS"),
     ("initial-advertise-peer-urls", |c| any_tls(&c.cluster.advertise_peer_urls), "TLS"),
     ("advertise-client-urls", |c| any_tls(&c.cluster.advertise_client_urls), "TLS"),
-    ("initial-cluster", |c| c.cluster.initial.len() > 1, "more than one member"),
-    ("initial-cluster-state", |c| c.cluster.state == ClusterState::Existing, "joining a cluster"),
     ("auth-token", |c| matches!(c.auth.token, AuthToken::Jwt(_)), "jwt"),
 ];
 
@@ -127,11 +124,11 @@ mod tests {
         config.client_tls.cert_file = "c".into();
         config.discovery.srv = "d".to_owned();
         config.discovery.max_recv_bytes = 1;
-        config.cluster.state = ClusterState::Existing;
+        config.listen.peer_urls = vec![Url::parse("https://h:1").unwrap()];
         assert_eq!(
             check(&config).unwrap_err().to_string(),
             "not supported yet: --discovery-srv (discovery), --cert-file (TLS), \
-             discovery-config.client.max-recv-bytes, --initial-cluster-state (joining a cluster)"
+             discovery-config.client.max-recv-bytes, --listen-peer-urls (TLS)"
         );
     }
 }

@@ -439,9 +439,29 @@ impl Config {
                 return Err(ConfigError::NotInCluster { url: url.to_string(), cluster });
             }
         }
+        self.check_duplicate_urls()
+    }
+
+    /// Checks what must hold when a member without a WAL joins a cluster: it has a name there, no URL
+    /// stands twice, and nobody is asked where the cluster is.
+    ///
+    /// # Errors
+    /// [`ConfigError`], with etcd's text.
+    pub fn check_join(&self) -> Result<(), ConfigError> {
+        if !self.cluster.initial.contains_key(&self.member.name) {
+            return Err(ConfigError::NoLocalName(self.member.name.clone()));
+        }
+        self.check_duplicate_urls()?;
+        if !self.discovery.endpoints.is_empty() {
+            return Err(ConfigError::DiscoveryWhenJoining);
+        }
+        Ok(())
+    }
+
+    fn check_duplicate_urls(&self) -> Result<(), ConfigError> {
         let mut seen = BTreeSet::new();
         if !self.cluster.initial.values().flatten().all(|url| seen.insert(url)) {
-            return Err(ConfigError::DuplicateUrl(cluster));
+            return Err(ConfigError::DuplicateUrl(initial_text(&self.cluster.initial)));
         }
         Ok(())
     }

@@ -29,8 +29,8 @@ use super::quota::{self, Quota};
 use super::types::{Index, LeaseId, MemberId, Revision, Term};
 
 /// Meta keys (formats-and-peers 3.2).
-const CONSISTENT_INDEX: &[u8] = b"consistent_index";
-const TERM: &[u8] = b"term";
+pub const CONSISTENT_INDEX: &[u8] = b"consistent_index";
+pub const TERM: &[u8] = b"term";
 const CONF_STATE: &[u8] = b"confState";
 /// Written by a member for itself once the cluster runs 3.6 or later.
 pub const STORAGE_VERSION: &[u8] = b"storageVersion";
@@ -228,6 +228,46 @@ fn each(
     bad.map_or(Ok(()), Err)
 }
 
+/// What an engine says of itself: how far it has applied the log, and the members there.
+pub struct Stored {
+    pub applied: Index,
+    /// Of the last applied entry; 0 in a file of a release before 3.5.
+    pub term: Term,
+    pub members: Membership,
+}
+
+impl Stored {
+    /// Reads it from `view`; `blank` is a membership without members.
+    ///
+    /// # Errors
+    /// `Corrupt`, naming table and key.
+    pub fn read(view: &dyn View, blank: Membership) -> Result<Self, EngineError> {
+        let mut members = blank;
+        let mut stored: Vec<Member> = Vec::new();
+        each(view, Table::Members, |_, value| {
+            stored.push(serde_json::from_slice(value).map_err(|error| error.to_string())?);
+            Ok(())
+        })?;
+        let mut removed = Vec::new();
+        each(view, Table::MembersRemoved, |key, _| {
+            let text = std::str::from_utf8(key).map_err(|error| error.to_string())?;
+            let id = u64::from_str_radix(text, 16).map_err(|error| error.to_string())?;
+            removed.push(MemberId(id));
+            Ok(())
+        })?;
+        members.restore(stored, removed);
+        if let Some(text) = view.get(Table::Cluster, CLUSTER_VERSION)? {
+            let version = std::str::from_utf8(&text).ok().and_then(Version::parse);
+            if version.is_none() {
+                return Err(corrupt(Table::Cluster, CLUSTER_VERSION, "not a version"));
+            }
+            members.cluster_version = version;
+        }
+        let applied = Index(counter(view, CONSISTENT_INDEX)?);
+        Ok(Stored { applied, term: Term(counter(view, TERM)?), members })
+    }
+}
+
 impl Machine {
     /// A machine over an empty engine.
     pub fn new(members: Membership, ttl_min_s: i64, server: Version) -> Self {
@@ -254,35 +294,16 @@ impl Machine {
         ttl_min_s: i64,
         server: Version,
     ) -> Result<Restored, EngineError> {
+        let Stored { applied, term, members } = Stored::read(view, members)?;
         let mut machine = Machine::new(members, ttl_min_s, server);
-        machine.applied = Index(counter(view, CONSISTENT_INDEX)?);
-        machine.term = Term(counter(view, TERM)?);
+        machine.applied = applied;
+        machine.term = term;
         each(view, Table::Lease, |key, value| {
             machine.leases.restore(key, value).map(|_| ()).map_err(|error| error.to_string())
         })?;
         each(view, Table::Alarm, |key, _| {
             machine.alarms.restore(key).map_err(|error| error.to_string())
         })?;
-        let mut stored: Vec<Member> = Vec::new();
-        each(view, Table::Members, |_, value| {
-            stored.push(serde_json::from_slice(value).map_err(|error| error.to_string())?);
-            Ok(())
-        })?;
-        let mut removed = Vec::new();
-        each(view, Table::MembersRemoved, |key, _| {
-            let text = std::str::from_utf8(key).map_err(|error| error.to_string())?;
-            let id = u64::from_str_radix(text, 16).map_err(|error| error.to_string())?;
-            removed.push(MemberId(id));
-            Ok(())
-        })?;
-        machine.members.restore(stored, removed);
-        if let Some(text) = view.get(Table::Cluster, CLUSTER_VERSION)? {
-            let version = std::str::from_utf8(&text).ok().and_then(Version::parse);
-            if version.is_none() {
-                return Err(corrupt(Table::Cluster, CLUSTER_VERSION, "not a version"));
-            }
-            machine.members.cluster_version = version;
-        }
         let restored = Store::restore(view)?;
         machine.store = restored.store;
         let mut orphans = 0;
@@ -291,6 +312,16 @@ impl Machine {
             orphans += usize::from(attached.is_err());
         }
         Ok(Restored { machine, unfinished: restored.unfinished, orphans })
+    }
+
+    /// Reads the state that takes this machine's place on the same member.
+    ///
+    /// # Errors
+    /// As [`Machine::restore`].
+    pub fn replaced_by(&self, view: &dyn View) -> Result<Restored, EngineError> {
+        let Membership { cluster_id, local, learners_max, .. } = self.members;
+        let blank = Membership::new(cluster_id, local, learners_max);
+        Machine::restore(view, blank, self.leases.ttl_min(), self.server)
     }
 
     /// The last applied entry.

@@ -144,6 +144,11 @@ impl LeaseTable {
         LeaseTable { ttl_min, leases: OrdMap::new(), attached: OrdMap::new() }
     }
 
+    /// Seconds that a lease is granted at least.
+    pub fn ttl_min(&self) -> i64 {
+        self.ttl_min
+    }
+
     /// Creates a lease; answers the effective TTL in seconds, which is the minimum if `ttl` is
     /// below it.
     ///

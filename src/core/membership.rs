@@ -44,7 +44,12 @@ pub fn cluster_id(members: impl IntoIterator<Item = MemberId>) -> ClusterId {
 #[serde(rename_all = "camelCase")]
 pub struct Member {
     pub id: u64,
-    #[serde(rename = "peerURLs", default, deserialize_with = "null_is_empty")]
+    #[serde(
+        rename = "peerURLs",
+        default,
+        serialize_with = "empty_is_null",
+        deserialize_with = "null_is_empty"
+    )]
     pub peer_urls: Vec<String>,
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub is_learner: bool,
@@ -62,6 +67,11 @@ pub struct Member {
 /// Go writes an empty list as `null`.
 fn null_is_empty<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Vec<String>, D::Error> {
     Ok(Option::deserialize(from)?.unwrap_or_default())
+}
+
+/// As Go writes a list that was never set.
+fn empty_is_null<S: serde::Serializer>(list: &[String], to: S) -> Result<S::Ok, S::Error> {
+    if list.is_empty() { to.serialize_none() } else { list.serialize(to) }
 }
 
 /// The context of a conf change.
@@ -296,8 +306,9 @@ mod tests {
         let json = r#"{"id":10276657743932975437,"peerURLs":["http://localhost:2380"],"name":"default","clientURLs":["http://localhost:2379"]}"#;
         let member: Member = serde_json::from_str(json).unwrap();
         assert_eq!(serde_json::to_string(&member).unwrap(), json);
-        let promote: ChangeContext =
-            serde_json::from_str(r#"{"id":1,"peerURLs":null,"isPromote":true}"#).unwrap();
+        let json = r#"{"id":1,"peerURLs":null,"isPromote":true}"#;
+        let promote: ChangeContext = serde_json::from_str(json).unwrap();
+        assert_eq!(serde_json::to_string(&promote).unwrap(), json);
         assert!(promote.is_promote && promote.member.peer_urls.is_empty());
     }
 

@@ -13,6 +13,7 @@ pub mod membership;
 pub mod mvcc;
 pub mod quota;
 pub mod raft;
+pub mod reconfig;
 pub mod snap;
 pub mod types;
 pub mod wal;

@@ -6,7 +6,7 @@
 
 use std::cell::RefCell;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use actix::prelude::*;
@@ -16,19 +16,25 @@ use crate::actors::applier::Applier;
 use crate::actors::compactor::Compactor;
 use crate::actors::exit::Exit;
 use crate::actors::lease::{LeaseManager, Renewals, Renewed};
-use crate::actors::raft::{Answered, Proposal, RaftActor, RequestError, Requests};
+use crate::actors::raft::{
+    Answered, AwaitApplied, ChangeConf, Proposal, RaftActor, RequestError, Requests, TransferLeader,
+};
 use crate::actors::shared::{Published, Shared};
 use crate::actors::watch::WatchHub;
 use crate::core::command::{Command, Request};
 use crate::core::mvcc::hash::KvHash;
 use crate::core::mvcc::{ReadError, Values};
 use crate::core::quota::{self, Quota};
-use crate::core::types::LeaseId;
+use crate::core::reconfig::{self, Silence};
+use crate::core::types::{LeaseId, MemberId};
 use crate::metrics::{Metrics, RequestKind};
 use quorate_proto::etcdserverpb as pb;
+use quorate_proto::raftpb;
 
 /// Entries committed but not applied above which new proposals are refused (v3-api section 5).
 const APPLY_LAG_MAX: u64 = 5000;
+/// How long a lease or a promotion waits for what is committed to be applied (v3-api section 5).
+const APPLIED_WAIT: Duration = Duration::from_secs(1);
 /// The pause before a turn that found the raft actor's mailbox full is handed over again.
 const RETRY_FULL: Duration = Duration::from_millis(1);
 
@@ -44,6 +50,11 @@ pub struct Limits {
     /// How long a request may wait for the cluster.
     pub request_timeout: Duration,
     pub election: Duration,
+    pub heartbeat: Duration,
+    /// Membership changes that would cost the quorum are refused.
+    pub strict_reconfig: bool,
+    /// A lease that is known is renewed without a wait for what is committed but not applied.
+    pub fast_keep_alive: bool,
     /// A unary call that takes longer is logged.
     pub warning_unary: Duration,
     /// A local read that takes longer is logged and counted.
@@ -177,15 +188,137 @@ impl Member {
             Ok(Err(_)) => Err(RequestError::Stopped),
             Err(_) => {
                 self.metrics.proposals_failed.increment(1);
-                // With no leader it never reached the log.
-                match self.shared.leader() {
-                    None => Err(RequestError::NoLeader),
-                    Some(_) => Err(RequestError::TimedOut),
-                }
+                Err(self.silence(started))
             }
         };
         self.metrics.request_seconds(kind, result.is_ok()).record(started.elapsed());
         result
+    }
+
+    /// Why what was proposed at `started` got no answer.
+    fn silence(&self, started: std::time::Instant) -> RequestError {
+        let shared = &self.shared;
+        let since = |id| shared.reachable.since(id).map(|at| shared.uptime_at(at).0);
+        let why = reconfig::silence(
+            &shared.published.load().members,
+            shared.leadership(),
+            shared.uptime_at(started).0,
+            self.limits.election.as_millis() as u64,
+            since,
+        );
+        match why {
+            Silence::NeverProposed => RequestError::NoLeader,
+            Silence::LeaderFailed => RequestError::LeaderFailed,
+            Silence::ConnectionLost => RequestError::ConnectionLost,
+            Silence::Slow => RequestError::TimedOut,
+        }
+    }
+
+    /// Proposes a change of the members and waits, as long as its caller does, until this member and
+    /// its raft node have applied it.
+    ///
+    /// # Errors
+    /// `Stopped`; what the change is refused for when it is applied.
+    pub async fn change_conf(&self, mut change: raftpb::ConfChange) -> Result<(), RequestError> {
+        change.id = self.shared.next_id();
+        let (kind, node) = (change.r#type(), MemberId(change.node_id));
+        let (reply, answer) = oneshot::channel();
+        let pending = Pending::new(self.metrics);
+        let sent = self.raft.send(ChangeConf { change, reply }).await;
+        sent.map_err(|_| RequestError::Stopped)?;
+        let answer = answer.await;
+        drop(pending);
+        answer.map_err(|_| RequestError::Stopped)??;
+        tracing::info!(
+            "local-member-id" = %self.shared.member_id,
+            "raft-conf-change" = kind.as_str_name(),
+            "raft-conf-change-node-id" = %node,
+            "applied a configuration change through raft"
+        );
+        Ok(())
+    }
+
+    /// Waits until what was committed before this call is applied here, at most a second.
+    ///
+    /// # Errors
+    /// `NotApplied`, `Stopped`.
+    pub async fn wait_applied(&self) -> Result<(), RequestError> {
+        if self.shared.apply_lag() == 0 {
+            return Ok(());
+        }
+        let (reply, applied) = oneshot::channel();
+        let waiting = async {
+            let sent = self.raft.send(AwaitApplied(reply)).await;
+            sent.map_err(|_| RequestError::Stopped)?;
+            applied.await.map_err(|_| RequestError::Stopped)?
+        };
+        tokio::time::timeout(APPLIED_WAIT, waiting).await.unwrap_or(Err(RequestError::NotApplied))
+    }
+
+    /// Hands leadership to voter `to` and waits, as long as the caller does, until it leads.
+    ///
+    /// # Errors
+    /// `Stopped`.
+    pub async fn transfer_leader(&self, to: MemberId) -> Result<(), RequestError> {
+        let started = std::time::Instant::now();
+        let local = self.shared.member_id;
+        tracing::info!(
+            "local-member-id" = %local,
+            "current-leader-member-id" = %self.shared.leader().unwrap_or_default(),
+            "transferee-member-id" = %to,
+            "leadership transfer starting"
+        );
+        self.raft.send(TransferLeader(to)).await.map_err(|_| RequestError::Stopped)?;
+        self.shared.leader_that(|leader| leader == to).await;
+        tracing::info!(
+            "local-member-id" = %local,
+            "old-leader-member-id" = %local,
+            "new-leader-member-id" = %to,
+            took = %crate::config::duration::GoDuration::from(started.elapsed()),
+            "leadership transfer finished"
+        );
+        Ok(())
+    }
+
+    /// Hands leadership to another member before this one stops, if it leads and any other can.
+    pub async fn hand_over(&self) {
+        let (shared, local) = (&self.shared, self.shared.member_id);
+        if !shared.raft.leading.load(Ordering::Acquire) {
+            return tracing::info!(
+                "local-member-id" = %local,
+                "skipped leadership transfer; local server is not leader"
+            );
+        }
+        let members = self.now().members.clone();
+        if members.conf_state().voters == [local.0] {
+            return tracing::info!(
+                "local-member-id" = %local,
+                "skipped leadership transfer for single voting member cluster"
+            );
+        }
+        let deadline = tokio::time::Instant::now() + self.limits.request_timeout;
+        // Raft gives a transfer up after an election timeout; then the next one may be better.
+        for to in reconfig::transferees(&members, |id| shared.reachable.since(id)) {
+            let until = deadline.min(tokio::time::Instant::now() + self.limits.election);
+            tokio::select! {
+                moved = self.transfer_leader(to) => match moved {
+                    Ok(()) => return,
+                    Err(_) => break,
+                },
+                // Another one was faster.
+                _ = shared.leader_that(|leader| leader != local && leader != to) => return,
+                () = tokio::time::sleep_until(until) => {}
+            }
+        }
+        tracing::warn!("local-member-id" = %local, "leadership transfer failed");
+    }
+
+    /// Whether this member leads: one whose raft has not ticked for a while asks the others.
+    pub async fn leads(self: &Arc<Self>) -> bool {
+        let leading = || self.shared.raft.leading.load(Ordering::Acquire);
+        leading()
+            && (self.shared.ticks(self.limits.heartbeat)
+                || (self.read_index().await.is_ok() && leading()))
     }
 
     /// As [`Member::propose`], but a request that no longer fits the quota raises the alarm and is
@@ -195,7 +328,7 @@ impl Member {
     /// Any [`RequestError`].
     pub async fn check_quota(self: &Arc<Self>, request: &Request) -> Result<(), RequestError> {
         let cost = quota::cost(request);
-        let size = self.shared.engine.size().unwrap_or(0);
+        let size = self.shared.published.load().engine.size().unwrap_or(0);
         if !self.limits.quota.exceeded(size, cost) {
             return Ok(());
         }
@@ -292,37 +425,44 @@ impl Member {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use engine_memory::Memory;
 
     use super::*;
     use crate::actors::spawn::Seat;
     use crate::core::apply::Machine;
     use crate::core::membership::{Membership, Version};
-    use crate::core::types::{ClusterId, MemberId};
+    use crate::core::types::ClusterId;
 
     /// A member whose actors never run, so that nothing sent to them is answered.
-    struct Silent {
-        member: Arc<Member>,
-        raft: Seat<RaftActor>,
-        _seats: (Seat<Applier>, Seat<LeaseManager>, Seat<WatchHub>, Seat<Compactor>),
+    pub struct Silent {
+        pub member: Arc<Member>,
+        pub raft: Seat<RaftActor>,
+        pub leases: Seat<LeaseManager>,
+        _seats: (Seat<Applier>, Seat<WatchHub>, Seat<Compactor>),
     }
 
     fn silent(request_timeout: Duration) -> Silent {
         let members = Membership::new(ClusterId(1), MemberId(1), 1);
         let machine = Machine::new(members, 2, Version::parse("3.7.1").unwrap());
-        let published = Published::of(&machine, None);
-        let shared =
-            Arc::new(Shared::new(ClusterId(1), MemberId(1), Arc::new(Memory::new()), published));
+        silent_over(&machine, request_timeout)
+    }
+
+    /// A silent member whose state is that of `machine`.
+    pub fn silent_over(machine: &Machine, request_timeout: Duration) -> Silent {
+        let published = Published::of(machine, Arc::new(Memory::new()), None);
+        let local = machine.members.local;
+        let shared = Arc::new(Shared::new(machine.members.cluster_id, local, published));
         let raft = Seat::new(16);
-        let seats = (Seat::new(16), Seat::new(16), Seat::new(16), Seat::new(16));
+        let leases = Seat::new(16);
+        let seats = (Seat::new(16), Seat::new(16), Seat::new(16));
         let member = Arc::new(Member {
             shared,
             raft: raft.addr(),
             applier: seats.0.addr(),
-            leases: seats.1.addr(),
-            watch: seats.2.addr(),
-            compactor: seats.3.addr(),
+            leases: leases.addr(),
+            watch: seats.1.addr(),
+            compactor: seats.2.addr(),
             exit: Exit::new().0,
             limits: Limits {
                 request_bytes_max: 1000,
@@ -330,7 +470,10 @@ mod tests {
                 quota: Quota(None),
                 quota_reported: -1,
                 request_timeout,
-                election: Duration::from_secs(1),
+                election: Duration::from_millis(50),
+                heartbeat: Duration::from_secs(60),
+                strict_reconfig: true,
+                fast_keep_alive: true,
                 warning_unary: Duration::from_secs(1),
                 warning_apply: Duration::from_secs(1),
             },
@@ -338,7 +481,7 @@ mod tests {
             stopping: watch::Sender::new(false),
             next_stream: AtomicU64::new(1),
         });
-        Silent { member, raft, _seats: seats }
+        Silent { member, raft, leases, _seats: seats }
     }
 
     fn put(bytes: usize) -> Request {
@@ -358,7 +501,6 @@ mod tests {
 
     #[test]
     fn above_the_apply_lag_a_proposal_is_refused_at_once() {
-        use std::sync::atomic::Ordering;
         actix::System::new().block_on(async {
             let silent = silent(Duration::from_millis(20));
             let member = &silent.member;

@@ -6,4 +6,5 @@ pub mod http;
 pub mod listener;
 pub mod member;
 pub mod peer;
+pub mod reconfig;
 pub mod status;

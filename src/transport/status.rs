@@ -9,6 +9,7 @@ use crate::core::lease::LeaseError;
 use crate::core::membership::MembershipError;
 use crate::core::mvcc::ReadError;
 use crate::core::mvcc::txn::TxnError;
+use crate::core::reconfig::ReconfigError;
 
 macro_rules! statuses {
     ($($(#[$doc:meta])* $name:ident = $code:ident $text:literal;)*) => {
@@ -46,6 +47,12 @@ statuses! {
     member_bad_urls = InvalidArgument "etcdserver: given member URLs are invalid";
     member_not_found = NotFound "etcdserver: member not found";
     member_not_learner = FailedPrecondition "etcdserver: can only promote a learner member";
+    learner_not_ready = FailedPrecondition
+        "etcdserver: can only promote a learner member which is in sync with leader";
+    /// As [`too_many_requests`].
+    member_not_enough_started = Unknown
+        "etcdserver: re-configuration failed due to not enough started members";
+    unhealthy = Unavailable "etcdserver: unhealthy cluster";
     too_many_learners = FailedPrecondition "etcdserver: too many learner members in cluster";
     request_too_large = InvalidArgument "etcdserver: request is too large";
     /// The server answers with the client's twin of this error, whose code is Unknown.
@@ -59,6 +66,12 @@ statuses! {
     leader_changed = Unavailable "etcdserver: leader changed";
     stopped = Unavailable "etcdserver: server stopped";
     timeout = Unavailable "etcdserver: request timed out";
+    timeout_due_to_leader_fail = Unavailable
+        "etcdserver: request timed out, possibly due to previous leader failure";
+    timeout_due_to_connection_lost = Unavailable
+        "etcdserver: request timed out, possibly due to connection lost";
+    timeout_leader_transfer = Unknown
+        "etcdserver: request timed out, leader transfer took too long";
     timeout_wait_applied_index =
         Unavailable "etcdserver: request timed out, waiting for the applied index took too long";
     corrupt = DataLoss "etcdserver: corrupt cluster";
@@ -151,6 +164,15 @@ impl From<ApplyError> for Status {
     }
 }
 
+impl From<ReconfigError> for Status {
+    fn from(error: ReconfigError) -> Self {
+        match error {
+            ReconfigError::NotEnoughStarted => member_not_enough_started(),
+            ReconfigError::Unhealthy => unhealthy(),
+        }
+    }
+}
+
 impl From<RequestError> for Status {
     fn from(error: RequestError) -> Self {
         match error {
@@ -160,6 +182,9 @@ impl From<RequestError> for Status {
             RequestError::LeaderChanged => leader_changed(),
             RequestError::NoLeader => deadline_exceeded(),
             RequestError::TimedOut => timeout(),
+            RequestError::LeaderFailed => timeout_due_to_leader_fail(),
+            RequestError::ConnectionLost => timeout_due_to_connection_lost(),
+            RequestError::NotApplied => timeout_wait_applied_index(),
             RequestError::TooManyRequests => too_many_requests(),
             RequestError::TooLarge => request_too_large(),
             RequestError::Stopped => stopped(),

@@ -62,16 +62,19 @@ fn requests(rng: &mut Rng, count: usize) -> Vec<Request> {
 /// Applies everything, as the applier does, beside a thread that commits.
 fn write(shared: &Shared, requests: &[Request], rng: &mut Rng) {
     let mut machine = machine();
+    let engine = &*shared.published.load_full().engine.clone();
     let publish = |machine: &_| {
         let previous = shared.published.load_full();
-        shared.published.store(Arc::new(Published::of(machine, Some((&previous, false, false)))));
+        let engine = previous.engine.clone();
+        let published = Published::of(machine, engine, Some((&*previous, false, false)));
+        shared.published.store(Arc::new(published));
     };
     let (batches, to_commit) = mpsc::sync_channel::<Batch>(1);
     let (committed, done) = mpsc::channel();
     std::thread::scope(|threads| {
         threads.spawn(move || {
             for batch in to_commit {
-                shared.engine.commit(&batch, Durability::Buffered).unwrap();
+                engine.commit(&batch, Durability::Buffered).unwrap();
                 committed.send(()).unwrap();
             }
         });
@@ -89,7 +92,7 @@ fn write(shared: &Shared, requests: &[Request], rng: &mut Rng) {
                 Request::Compaction(pb::CompactionRequest { revision: at, physical: false })
             });
             let mut effects = Effects::default();
-            let values = Values::new(&*shared.engine);
+            let values = Values::new(engine);
             for request in group.into_iter().chain(&compact) {
                 index += 1;
                 let entry = entry(index, request.clone());
@@ -259,8 +262,8 @@ fn race(engine: Arc<dyn Engine>, writes: usize, seed: u64) {
     for request in &requests {
         twin.apply(request).0.unwrap();
     }
-    let published = Published::of(&machine(), None);
-    let shared = Shared::new(ClusterId(1), MemberId(7), engine, published);
+    let published = Published::of(&machine(), engine, None);
+    let shared = Shared::new(ClusterId(1), MemberId(7), published);
     let met = Met::default();
     let stop = AtomicBool::new(false);
     std::thread::scope(|threads| {
@@ -283,7 +286,7 @@ fn race(engine: Arc<dyn Engine>, writes: usize, seed: u64) {
     assert_eq!(hash.hash, twin.hash(twin.revision(), compacted));
     let stored = {
         let mut rows = Vec::new();
-        let view = shared.engine.view().unwrap();
+        let view = now.engine.view().unwrap();
         now.store
             .changes(&*view, 0, i64::MAX - 1, &mut |revision: Revision, _, _| {
                 rows.push(revision);

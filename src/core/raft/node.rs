@@ -702,16 +702,17 @@ impl Node {
             self.raw.on_persist_ready(number);
         }
 
-        // A follower's messages tell what it has, so that must be on disk first. A leader's appends need not wait for its
+        // A follower's answers tell what it has, so that must be on disk first. A leader's appends need not wait for its
         // own disk, unless its term and vote are still on the way there: a sole voter elects itself at once.
-        let wait = match self.raw.raft.state {
-            StateRole::Leader => self.pending.iter().any(|pending| pending.vote),
-            _ => true,
-        };
-        let messages = messages.into_iter().map(convert::message_out);
-        match self.pending.back_mut() {
-            Some(last) if wait => last.messages.extend(messages),
-            _ => output.messages.extend(messages),
+        let vote_pending = self.pending.iter().any(|pending| pending.vote);
+        let leading = self.raw.raft.state == StateRole::Leader;
+        for message in messages {
+            let free = !vote_pending && (leading || says_nothing_of_the_disk(&message));
+            let message = convert::message_out(message);
+            match self.pending.back_mut() {
+                Some(last) if !free => last.messages.push(message),
+                _ => output.messages.push(message),
+            }
         }
 
         let now = self.leader_now();
@@ -923,6 +924,15 @@ impl Node {
     pub fn reads_waiting(&self) -> usize {
         self.reads.len()
     }
+}
+
+/// What a follower may send before what it was given is on its disk: questions and proposals for the leader, and that it
+/// hears the leader. Without these, each waits for an fsync of entries that it has nothing to do with.
+fn says_nothing_of_the_disk(message: &eraftpb::Message) -> bool {
+    matches!(
+        message.msg_type,
+        MessageType::MsgPropose | MessageType::MsgReadIndex | MessageType::MsgHeartbeatResponse
+    )
 }
 
 /// SplitMix64: small, and the same everywhere.

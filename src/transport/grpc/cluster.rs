@@ -1,4 +1,4 @@
-//! `etcdserverpb.Cluster` (v3-api 3.10): the member list. Changing it comes with clusters.
+//! `etcdserverpb.Cluster` (v3-api 3.10): the member list and its changes.
 
 use std::sync::Arc;
 
@@ -6,7 +6,8 @@ use quorate_proto::etcdserverpb as pb;
 use tonic::{Request, Response, Status};
 
 use crate::config::Url;
-use crate::core::membership::Membership;
+use crate::core::membership::Member as Record;
+use crate::core::types::MemberId;
 use crate::metrics::Method;
 use crate::transport::member::Member;
 use crate::transport::status;
@@ -15,17 +16,14 @@ use crate::transport::status;
 #[derive(Clone)]
 pub struct Cluster(pub Arc<Member>);
 
-fn list(members: &Membership) -> Vec<pb::Member> {
-    members
-        .members()
-        .map(|member| pb::Member {
-            id: member.id,
-            name: member.name.clone(),
-            peer_ur_ls: member.peer_urls.clone(),
-            client_ur_ls: member.client_urls.clone(),
-            is_learner: member.is_learner,
-        })
-        .collect()
+fn shown(member: &Record) -> pb::Member {
+    pb::Member {
+        id: member.id,
+        name: member.name.clone(),
+        peer_ur_ls: member.peer_urls.clone(),
+        client_ur_ls: member.client_urls.clone(),
+        is_learner: member.is_learner,
+    }
 }
 
 impl Cluster {
@@ -33,53 +31,56 @@ impl Cluster {
         if request.linearizable {
             self.0.read_index().await?;
         }
-        let now = self.0.shared.published.load();
-        // Cluster replies carry no revision (v3-api 3.1).
-        Ok(pb::MemberListResponse {
-            header: self.0.header_at(0, now.term.0),
-            members: list(&now.members),
-        })
+        Ok(pb::MemberListResponse { header: self.header(), members: self.members() })
+    }
+
+    /// Cluster replies carry no revision (v3-api 3.1).
+    fn header(&self) -> Option<pb::ResponseHeader> {
+        self.0.header(0)
+    }
+
+    /// The members as of now, by ID.
+    fn members(&self) -> Vec<pb::Member> {
+        self.0.shared.published.load().members.members().map(shown).collect()
     }
 
     async fn add(self, request: pb::MemberAddRequest) -> Result<pb::MemberAddResponse, Status> {
-        let valid = |url: &String| Url::parse(url).is_ok();
-        if request.peer_ur_ls.is_empty() || !request.peer_ur_ls.iter().all(valid) {
+        let urls: Result<Vec<Url>, _> =
+            request.peer_ur_ls.iter().map(|url| Url::parse(url)).collect();
+        let mut urls = urls.map_err(|_| status::member_bad_urls())?;
+        if urls.is_empty() {
             return Err(status::member_bad_urls());
         }
-        Err(status::not_supported_yet("adding a member"))
-    }
-
-    fn known(&self, id: u64) -> Result<(), Status> {
-        let now = self.0.shared.published.load();
-        match now.members.get(crate::core::types::MemberId(id)) {
-            Some(_) => Ok(()),
-            None => Err(status::member_not_found()),
-        }
+        urls.sort();
+        let urls = urls.iter().map(|url| url.as_str().to_string()).collect();
+        let added = self.0.add_member(urls, request.is_learner).await?;
+        let member = Some(shown(&added));
+        Ok(pb::MemberAddResponse { header: self.header(), member, members: self.members() })
     }
 
     async fn remove(
         self,
         request: pb::MemberRemoveRequest,
     ) -> Result<pb::MemberRemoveResponse, Status> {
-        self.known(request.id)?;
-        Err(status::not_supported_yet("removing a member"))
+        self.0.remove_member(MemberId(request.id)).await?;
+        Ok(pb::MemberRemoveResponse { header: self.header(), members: self.members() })
     }
 
     async fn update(
         self,
         request: pb::MemberUpdateRequest,
     ) -> Result<pb::MemberUpdateResponse, Status> {
-        self.known(request.id)?;
-        Err(status::not_supported_yet("updating a member"))
+        self.0.update_member(MemberId(request.id), request.peer_ur_ls).await?;
+        Ok(pb::MemberUpdateResponse { header: self.header(), members: self.members() })
     }
 
     async fn promote(
         self,
         request: pb::MemberPromoteRequest,
     ) -> Result<pb::MemberPromoteResponse, Status> {
-        self.known(request.id)?;
-        // Without learners there is nobody to promote.
-        Err(status::member_not_learner())
+        let members = self.0.promote_member(MemberId(request.id)).await?;
+        let members = members.iter().map(shown).collect();
+        Ok(pb::MemberPromoteResponse { header: self.header(), members })
     }
 }
 

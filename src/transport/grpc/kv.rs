@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
 
 use super::deadline::{self, Deadline, within};
-use super::{Counted, Reply};
+use super::{Counted, Ending, Reply};
 use crate::actors::compactor::AwaitCompaction;
 use crate::actors::raft::RequestError;
 use crate::config::duration::GoDuration;
@@ -301,6 +301,7 @@ impl pb::kv_server::Kv for Kv {
         let call = self.0.open_stream(Method::RangeStream, request.metadata(), false)?;
         let timeout = deadline::timeout(request.metadata());
         let deadline = Deadline::of(request.metadata());
+        let leaderless = self.0.stream_leaderless(request.metadata());
         let request = request.into_inner();
         call.received(request.encoded_len());
         match within(timeout, self.start_range_stream(request)).await {
@@ -310,6 +311,7 @@ impl pb::kv_server::Kv for Kv {
                     chunks.done |= next.is_err();
                     std::future::ready(next.transpose().map(|item| (item, chunks)))
                 });
+                let stream = Ending::new(stream, leaderless);
                 Ok(Response::new(Box::pin(Counted::new(stream, deadline, call))))
             }
             Err(status) => {

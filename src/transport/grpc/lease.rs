@@ -1,20 +1,18 @@
 //! `etcdserverpb.Lease` (v3-api 3.9).
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
-use futures_util::stream;
+use futures_util::stream::{self, FuturesOrdered, StreamExt};
 use prost::Message as _;
 use quorate_proto::etcdserverpb as pb;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::deadline::Deadline;
 use super::{Counted, Reply};
-use crate::actors::lease::{ListLeases, Remaining, Renewed};
+use crate::actors::lease::ListLeases;
 use crate::core::apply::Reply as Applied;
 use crate::core::command::Request as Command;
-use crate::core::lease::LessorError;
 use crate::core::types::LeaseId;
 use crate::metrics::{Method, Received};
 use crate::transport::member::Member;
@@ -24,8 +22,9 @@ use crate::transport::status;
 #[derive(Clone)]
 pub struct Lease(pub Arc<Member>);
 
-/// The pause before a member without a leader is asked again.
-const LEADER_POLL: Duration = Duration::from_millis(50);
+/// Renewals of one stream under way at once: a client renews all its leases over one stream, and each
+/// may take a round trip to the leader.
+const RENEWALS_IN_FLIGHT: usize = 64;
 
 impl Lease {
     async fn grant(
@@ -58,58 +57,24 @@ impl Lease {
         Ok(pb::LeaseRevokeResponse { header: self.0.header_at(revision, answer.term.0) })
     }
 
-    /// Renews one lease; waits for a leader as long as a request may.
-    async fn keep_alive(&self, id: i64) -> Result<pb::LeaseKeepAliveResponse, Status> {
+    /// Renews one lease, here or at the leader.
+    async fn keep_alive(self, id: i64) -> Result<pb::LeaseKeepAliveResponse, Status> {
         // The revision is that from before the renewal (v3-api 3.1).
         let header = self.0.current_header();
-        let deadline = Instant::now() + self.0.limits.request_timeout;
-        loop {
-            match self.0.renew(LeaseId(id)).await? {
-                Renewed::Ttl(ttl) => return Ok(pb::LeaseKeepAliveResponse { header, id, ttl }),
-                Renewed::Gone => return Ok(pb::LeaseKeepAliveResponse { header, id, ttl: 0 }),
-                Renewed::NotPrimary if Instant::now() >= deadline => {
-                    return Err(status::no_leader());
-                }
-                Renewed::NotPrimary => tokio::time::sleep(LEADER_POLL).await,
-            }
-        }
+        let ttl = self.0.keep_alive(LeaseId(id)).await?;
+        Ok(pb::LeaseKeepAliveResponse { header, id, ttl })
     }
 
     async fn time_to_live(
         self,
         request: pb::LeaseTimeToLiveRequest,
     ) -> Result<pb::LeaseTimeToLiveResponse, Status> {
-        let deadline = Instant::now() + self.0.limits.request_timeout;
-        let id = LeaseId(request.id);
-        let left = loop {
-            match self.0.leases.send(Remaining(id)).await {
-                Err(_) => return Err(status::stopped()),
-                Ok(Ok(left)) => break Some(left),
-                Ok(Err(LessorError::Unknown(_))) => break None,
-                Ok(Err(LessorError::NotPrimary)) if Instant::now() >= deadline => {
-                    return Err(status::no_leader());
-                }
-                Ok(Err(LessorError::NotPrimary)) => tokio::time::sleep(LEADER_POLL).await,
-            }
-        };
-        let header = self.0.current_header();
-        let now = self.0.shared.published.load();
-        Ok(match (left, now.leases.get(id)) {
-            (Some(ttl), Some(lease)) => pb::LeaseTimeToLiveResponse {
-                header,
-                id: request.id,
-                ttl,
-                granted_ttl: lease.ttl,
-                keys: if request.keys { lease.keys().cloned().collect() } else { Vec::new() },
-            },
-            // An unknown lease is no error.
-            _ => pb::LeaseTimeToLiveResponse {
-                header,
-                id: request.id,
-                ttl: -1,
-                ..Default::default()
-            },
-        })
+        let id = request.id;
+        let left = self.0.time_to_live(request).await?;
+        // An unknown lease is no error.
+        let unknown = || pb::LeaseTimeToLiveResponse { id, ttl: -1, ..Default::default() };
+        let left = left.unwrap_or_else(unknown);
+        Ok(pb::LeaseTimeToLiveResponse { header: self.0.current_header(), ..left })
     }
 
     async fn leases(self) -> Result<pb::LeaseLeasesResponse, Status> {
@@ -121,11 +86,17 @@ impl Lease {
     }
 }
 
+type Renewal = BoxFuture<'static, Result<pb::LeaseKeepAliveResponse, Status>>;
+
 struct KeepAlives {
     lease: Lease,
     requests: Streaming<pb::LeaseKeepAliveRequest>,
+    /// Renewals under way, answered in the order of their requests.
+    renewals: FuturesOrdered<Renewal>,
     received: Received,
     end: BoxFuture<'static, Status>,
+    /// The client sends no more.
+    closed: bool,
     ended: bool,
 }
 
@@ -134,16 +105,28 @@ impl KeepAlives {
         if self.ended {
             return Ok(None);
         }
-        let request = tokio::select! {
-            biased;
-            // First, or a client that always has one more request would never be told.
-            status = &mut self.end => return Err(status),
-            request = self.requests.message() => request?,
-        };
-        // A client that has closed its side ends the stream well.
-        let Some(request) = request else { return Ok(None) };
-        self.received.count(request.encoded_len());
-        self.lease.keep_alive(request.id).await.map(Some)
+        loop {
+            if self.closed && self.renewals.is_empty() {
+                // A client that has closed its side ends the stream well, after pending replies.
+                return Ok(None);
+            }
+            let room = !self.closed && self.renewals.len() < RENEWALS_IN_FLIGHT;
+            let request = tokio::select! {
+                biased;
+                // First, or a client that always has one more request would never be told.
+                status = &mut self.end => return Err(status),
+                Some(renewed) = self.renewals.next() => return renewed.map(Some),
+                request = self.requests.message(), if room => request?,
+            };
+            match request {
+                Some(request) => {
+                    self.received.count(request.encoded_len());
+                    let renewal = self.lease.clone().keep_alive(request.id);
+                    self.renewals.push_back(Box::pin(renewal));
+                }
+                None => self.closed = true,
+            }
+        }
     }
 }
 
@@ -177,6 +160,8 @@ impl pb::lease_server::Lease for Lease {
             received: call.receiver(),
             end,
             requests: request.into_inner(),
+            renewals: FuturesOrdered::new(),
+            closed: false,
             ended: false,
         };
         let replies = stream::unfold(state, |mut state| async move {

@@ -2,14 +2,13 @@
 
 use std::fs::File;
 use std::io::{BufWriter, Read, Seek, Write};
-use std::ops::{Bound, ControlFlow};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use engine_api::{Table, View};
+use engine_api::Table;
 use futures_util::stream;
 use prost::Message as _;
 use quorate_proto::etcdserverpb as pb;
@@ -17,12 +16,13 @@ use quorate_proto::etcdserverpb::downgrade_request::DowngradeAction;
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Request, Response, Status};
 
-use super::deadline::Deadline;
-use super::{Counted, Reply};
+use super::deadline::{self, Deadline};
+use super::{Counted, Ending, Reply};
 use crate::actors::applier::Checkpoint;
+use crate::actors::export::{For, write_bbolt};
 use crate::config::duration::GoDuration;
-use crate::core::apply::{CLUSTER_VERSION, Reply as Applied, STORAGE_VERSION};
-use crate::core::bbolt::{BucketSource, DigestWriter, PairVisitor, WriteError, write_compact};
+use crate::core::apply::Reply as Applied;
+use crate::core::bbolt::{DigestWriter, WriteError};
 use crate::core::command::Request as Command;
 use crate::core::membership::Version;
 use crate::core::mvcc::hash::hash_all;
@@ -43,8 +43,6 @@ pub struct Maintenance {
 const CHUNK: usize = 32 * 1024;
 /// Chunks read ahead of the client.
 const CHUNKS_AHEAD: usize = 32;
-/// Page size of the files that are sent.
-const PAGE: usize = 4096;
 /// Length of the SHA-256 that ends a snapshot.
 const DIGEST: u64 = 32;
 
@@ -79,13 +77,13 @@ impl Maintenance {
         Ok(pb::StatusResponse {
             header: self.member.header_at(now.store.revision(), now.term.0),
             version: crate::cli::ETCD_VERSION.to_string(),
-            db_size: shared.engine.size().map_err(storage_error)? as i64,
+            db_size: now.engine.size().map_err(storage_error)? as i64,
             leader: leader.map_or(0, |id| id.0),
             raft_index: shared.raft.committed.load(Ordering::Acquire),
             raft_term: now.term.0,
             raft_applied_index: now.applied.0,
             errors,
-            db_size_in_use: shared.engine.size_in_use().map_err(storage_error)? as i64,
+            db_size_in_use: now.engine.size_in_use().map_err(storage_error)? as i64,
             is_learner: now.members.is_learner(),
             storage_version: now.members.cluster_version.map_or(String::new(), |v| v.to_string()),
             db_size_quota: self.member.limits.quota_reported,
@@ -112,7 +110,7 @@ impl Maintenance {
             member.metrics.defrag_inflight.set(1.0);
             let started = Instant::now();
             tracing::info!("starting defragment");
-            let result = member.shared.engine.reclaim();
+            let result = member.shared.published.load_full().engine.reclaim();
             let took = started.elapsed();
             member.metrics.backend_defrag_seconds.record(took);
             member.metrics.defrag_inflight.set(0.0);
@@ -142,7 +140,8 @@ impl Maintenance {
         self.blocking(|member| {
             let started = Instant::now();
             let storage_error = |error: engine_api::EngineError| Status::unknown(error.to_string());
-            let view = member.shared.engine.view().map_err(storage_error)?;
+            let now = member.shared.published.load_full();
+            let view = now.engine.view().map_err(storage_error)?;
             let hash = hash_all(&*view).map_err(storage_error)?;
             member.metrics.hash_seconds.record(started.elapsed());
             Ok(pb::HashResponse { header: member.current_header(), hash })
@@ -214,6 +213,7 @@ impl Maintenance {
     async fn move_leader(
         self,
         request: pb::MoveLeaderRequest,
+        timeout: Option<Duration>,
     ) -> Result<pb::MoveLeaderResponse, Status> {
         let shared = &self.member.shared;
         if !shared.raft.leading.load(Ordering::Acquire) {
@@ -224,7 +224,16 @@ impl Maintenance {
             Some(member) if !member.is_learner => {}
             _ => return Err(status::bad_leader_transferee()),
         }
-        // The only voter is this member, and it leads already.
+        // The client gives up when this does; but one that does not look at its own clock is told why.
+        let forever = std::future::pending();
+        tokio::select! {
+            moved = self.member.transfer_leader(target) => moved?,
+            () = self.member.stopped() => return Err(status::stopped()),
+            () = async { match timeout {
+                Some(timeout) => tokio::time::sleep(timeout).await,
+                None => forever.await,
+            } } => return Err(status::timeout_leader_transfer()),
+        }
         Ok(pb::MoveLeaderResponse::default())
     }
 
@@ -254,48 +263,15 @@ impl Maintenance {
     }
 }
 
-/// One table as a bucket of the file.
-struct Bucket<'v> {
-    view: &'v dyn View,
-    table: Table,
-}
-
-impl BucketSource for Bucket<'_> {
-    fn name(&self) -> &[u8] {
-        self.table.name().as_bytes()
-    }
-
-    fn pairs(&self, visit: &mut PairVisitor<'_>) -> Result<(), WriteError> {
-        let mut result = Ok(());
-        self.view
-            .scan(self.table, Bound::Unbounded, Bound::Unbounded, &mut |key, value| {
-                // Restored, these two would shut out every release before this one, whose files
-                // look the same (formats-and-peers 4.1).
-                if matches!(
-                    (self.table, key),
-                    (Table::Cluster, CLUSTER_VERSION) | (Table::Meta, STORAGE_VERSION)
-                ) {
-                    return ControlFlow::Continue(());
-                }
-                result = visit(key, value);
-                if result.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-            })
-            .map_err(|error| failed(self.table, error))?;
-        result
-    }
-}
-
-fn failed(table: Table, error: engine_api::EngineError) -> WriteError {
-    WriteError::Source { bucket: table.name().into(), source: Box::new(error) }
-}
-
 /// Writes everything that the engine holds as a bbolt file with its digest.
 fn gather(member: &Member, file: &mut File) -> Result<(), WriteError> {
-    let view = member.shared.engine.view().map_err(|error| failed(Table::Key, error))?;
-    let buckets = Table::ALL.map(|table| Bucket { view: &*view, table });
-    let sources = buckets.each_ref().map(|bucket| bucket as &dyn BucketSource);
+    let now = member.shared.published.load_full();
+    let view = now.engine.view().map_err(|error| WriteError::Source {
+        bucket: Table::Key.name().into(),
+        source: Box::new(error),
+    })?;
     let mut out = DigestWriter::new(BufWriter::with_capacity(1 << 20, file));
-    write_compact(&mut out, &sources, PAGE)?;
+    write_bbolt(&*view, For::Client, &mut out)?;
     out.finish()?.flush()?;
     Ok(())
 }
@@ -379,6 +355,7 @@ impl pb::maintenance_server::Maintenance for Maintenance {
     ) -> Result<Response<Self::SnapshotStream>, Status> {
         let call = self.member.open_stream(Method::Snapshot, request.metadata(), true)?;
         let deadline = Deadline::of(request.metadata());
+        let leaderless = self.member.stream_leaderless(request.metadata());
         call.received(request.get_ref().encoded_len());
         let (sender, receiver) = mpsc::channel(CHUNKS_AHEAD);
         let this = self.clone();
@@ -391,14 +368,16 @@ impl pb::maintenance_server::Maintenance for Maintenance {
         let replies = stream::unfold(receiver, |mut receiver| async move {
             receiver.recv().await.map(|item| (item, receiver))
         });
-        Ok(Response::new(Box::pin(Counted::new(Box::pin(replies), deadline, call))))
+        let replies = Ending::new(Box::pin(replies), leaderless);
+        Ok(Response::new(Box::pin(Counted::new(replies, deadline, call))))
     }
 
     async fn move_leader(
         &self,
         request: Request<pb::MoveLeaderRequest>,
     ) -> Result<Response<pb::MoveLeaderResponse>, Status> {
-        let run = |r| Maintenance::move_leader(self.clone(), r);
+        let timeout = deadline::timeout(request.metadata());
+        let run = |r| Maintenance::move_leader(self.clone(), r, timeout);
         self.member.unary(Method::MoveLeader, |_| false, request, run).await
     }
 

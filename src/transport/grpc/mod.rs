@@ -15,6 +15,7 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use futures_util::Stream;
+use futures_util::future::BoxFuture;
 use prost::Message;
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status};
@@ -28,7 +29,7 @@ use crate::transport::status;
 /// A response stream as tonic wants it.
 pub type Reply<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
-/// Consecutive election timeouts without a leader after which a stream with `hasleader` ends.
+/// Election timeouts in a row without a leader after which a stream with `hasleader` ends.
 const NO_LEADER_TIMEOUTS: u32 = 3;
 
 /// What the gates of v3-api sections 1 and 7 let through.
@@ -126,27 +127,71 @@ impl Member {
     }
 
     /// Ends when a stream that requires a leader has gone without one for too long, or when the
-    /// member stops.
+    /// member stops. It costs no timer as long as there is a leader.
     fn stream_end(
+        self: &Arc<Self>,
+        metadata: &MetadataMap,
+    ) -> impl Future<Output = Status> + Send + use<> {
+        let member = self.clone();
+        let leaderless = self.stream_leaderless(metadata);
+        async move {
+            tokio::select! {
+                () = member.stopped() => status::stopped(),
+                status = leaderless => status,
+            }
+        }
+    }
+
+    /// Ends when a stream that requires a leader has gone without one for too long.
+    fn stream_leaderless(
         self: &Arc<Self>,
         metadata: &MetadataMap,
     ) -> impl Future<Output = Status> + Send + use<> {
         let member = self.clone();
         let requires_leader = requires_leader(metadata);
         async move {
-            let mut missed = 0;
+            if !requires_leader {
+                return std::future::pending().await;
+            }
+            let mut leaders = member.shared.raft.leaders.subscribe();
+            let gone = "the sender lives in the member";
             loop {
-                tokio::select! {
-                    () = member.stopped() => return status::stopped(),
-                    () = tokio::time::sleep(member.limits.election), if requires_leader => {
-                        missed = if member.shared.leader().is_some() { 0 } else { missed + 1 };
-                        if missed >= NO_LEADER_TIMEOUTS {
-                            return status::no_leader();
-                        }
-                    }
+                drop(leaders.wait_for(|leader| leader.0 == 0).await.expect(gone));
+                let back = leaders.wait_for(|leader| leader.0 != 0);
+                let patience = NO_LEADER_TIMEOUTS * member.limits.election;
+                if tokio::time::timeout(patience, back).await.is_err() {
+                    return status::no_leader();
                 }
             }
         }
+    }
+}
+
+/// A stream that ends early, with what `end` says.
+struct Ending<S> {
+    inner: S,
+    end: BoxFuture<'static, Status>,
+    ended: bool,
+}
+
+impl<S> Ending<S> {
+    fn new(inner: S, end: impl Future<Output = Status> + Send + 'static) -> Self {
+        Ending { inner, end: Box::pin(end), ended: false }
+    }
+}
+
+impl<T, S: Stream<Item = Result<T, Status>> + Unpin> Stream for Ending<S> {
+    type Item = Result<T, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        if let Poll::Ready(status) = self.end.as_mut().poll(cx) {
+            self.ended = true;
+            return Poll::Ready(Some(Err(status)));
+        }
+        Pin::new(&mut self.inner).poll_next(cx)
     }
 }
 
@@ -202,5 +247,80 @@ impl<T: Message, S: Stream<Item = Result<T, Status>> + Unpin> Stream for Counted
             call.finish(code);
         }
         Poll::Ready(next)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::core::apply::Machine;
+    use crate::core::membership::{Member as Record, Membership, Version};
+    use crate::core::types::{ClusterId, MemberId};
+    use crate::transport::member::tests::{Silent, silent_over};
+
+    fn member(is_learner: bool) -> Silent {
+        let mut members = Membership::new(ClusterId(1), MemberId(1), 1);
+        members.restore([Record { id: 1, is_learner, ..Record::default() }], []);
+        let machine = Machine::new(members, 2, Version::parse("3.7.1").unwrap());
+        silent_over(&machine, Duration::from_secs(60))
+    }
+
+    fn with_leader() -> MetadataMap {
+        let mut metadata = MetadataMap::new();
+        metadata.insert("hasleader", "true".parse().unwrap());
+        metadata
+    }
+
+    #[test]
+    fn calls_pass_the_gates_that_they_ask_for() {
+        actix::System::new().block_on(async {
+            let voter = member(false).member;
+            let text = |result: Result<(), Status>| result.unwrap_err().message().to_string();
+            let plain = MetadataMap::new();
+            assert!(admit(&voter, &plain, false, false).is_ok());
+            let refused = admit(&voter, &with_leader(), false, false);
+            assert_eq!(text(refused), status::no_leader().message());
+            voter.shared.set_leader(MemberId(2));
+            assert!(admit(&voter, &with_leader(), false, true).is_ok());
+            let learner = member(true).member;
+            let refused = admit(&learner, &plain, false, false);
+            assert_eq!(text(refused), status::not_supported_for_learner().message());
+            assert!(admit(&learner, &plain, true, false).is_ok());
+        });
+    }
+
+    #[test]
+    fn a_stream_outlives_a_short_loss_of_the_leader_and_no_longer_one() {
+        actix::System::new().block_on(async {
+            let member = member(false).member;
+            let (shared, election) = (&member.shared, member.limits.election);
+            shared.set_leader(MemberId(2));
+            let mut careless = Box::pin(member.stream_leaderless(&MetadataMap::new()));
+            let mut careful = Box::pin(member.stream_leaderless(&with_leader()));
+            let elected = async {
+                shared.set_leader(MemberId(0));
+                tokio::task::yield_now().await;
+                shared.set_leader(MemberId(3));
+                // Longer than a stream without a leader lives.
+                tokio::time::sleep(2 * NO_LEADER_TIMEOUTS * election).await;
+            };
+            tokio::select! {
+                biased;
+                _ = &mut careful => panic!("ended although there is a leader"),
+                _ = &mut careless => panic!("never asked for a leader"),
+                () = elected => {}
+            }
+            shared.set_leader(MemberId(0));
+            let lost = Instant::now();
+            tokio::select! {
+                status = &mut careful => {
+                    assert_eq!(status.message(), status::no_leader().message());
+                }
+                _ = &mut careless => panic!("never asked for a leader"),
+            }
+            assert!(lost.elapsed() >= NO_LEADER_TIMEOUTS * election);
+        });
     }
 }

@@ -9,9 +9,11 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::{HeaderValue, Request, Response, header};
 use http_body_util::{BodyExt, Full, Limited};
+use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::task::JoinHandle;
 
 use crate::config::Url;
 
@@ -56,6 +58,14 @@ impl Dialer {
     }
 }
 
+/// What a request to `url` names as its host.
+pub fn host(url: &Url) -> &str {
+    match url.scheme().is_unix() {
+        true => "localhost",
+        false => url.host(),
+    }
+}
+
 /// Why a request got no answer.
 #[derive(thiserror::Error, Debug)]
 pub enum CallError {
@@ -80,6 +90,43 @@ pub enum CallError {
 /// The most that an answer may hold.
 const ANSWER_MAX: usize = 16 * 1024 * 1024;
 
+/// Opens a connection for requests to `url`; it is driven by a task of this thread.
+///
+/// # Errors
+/// `Connect`, `Http`.
+pub async fn open(
+    dialer: &Dialer,
+    url: &Url,
+) -> Result<(SendRequest<Full<Bytes>>, JoinHandle<hyper::Result<()>>), CallError> {
+    let name = || url.as_str().to_string();
+    let stream = dialer.connect(url).await;
+    let stream = stream.map_err(|source| CallError::Connect { url: name(), source })?;
+    let shaken = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
+    let (sender, connection) = shaken.map_err(|source| CallError::Http { url: name(), source })?;
+    Ok((sender, tokio::spawn(connection)))
+}
+
+/// Sends `request` (its URI a path) over an open connection to `url` and reads the whole answer.
+///
+/// # Errors
+/// `Http`, `Body`.
+pub async fn send(
+    sender: &mut SendRequest<Full<Bytes>>,
+    url: &Url,
+    mut request: Request<Full<Bytes>>,
+) -> Result<Response<Bytes>, CallError> {
+    let name = || url.as_str().to_string();
+    let host = HeaderValue::from_str(host(url)).expect("a parsed host is a header value");
+    request.headers_mut().insert(header::HOST, host);
+    let answered = sender.send_request(request).await;
+    let response = answered.map_err(|source| CallError::Http { url: name(), source })?;
+    let (parts, body) = response.into_parts();
+    match Limited::new(body, ANSWER_MAX).collect().await {
+        Ok(body) => Ok(Response::from_parts(parts, body.to_bytes())),
+        Err(_) => Err(CallError::Body { url: name(), limit: ANSWER_MAX }),
+    }
+}
+
 /// Sends `request` (its URI a path) to `url` and reads the whole answer, within `timeout`.
 ///
 /// # Errors
@@ -87,41 +134,18 @@ const ANSWER_MAX: usize = 16 * 1024 * 1024;
 pub async fn call(
     dialer: &Dialer,
     url: &Url,
-    mut request: Request<Full<Bytes>>,
+    request: Request<Full<Bytes>>,
     timeout: Duration,
 ) -> Result<Response<Bytes>, CallError> {
-    let name = || url.as_str().to_string();
     let calling = async {
-        let stream = dialer
-            .connect(url)
-            .await
-            .map_err(|source| CallError::Connect { url: name(), source })?;
-        let http = |source| CallError::Http { url: name(), source };
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(http)?;
-        let driving = tokio::spawn(connection);
-        let host = match url.socket_path() {
-            Some(_) => HeaderValue::from_static("localhost"),
-            None => HeaderValue::from_str(url.host()).expect("a parsed host is a header value"),
-        };
-        request.headers_mut().insert(header::HOST, host);
-        let answered = sender.send_request(request).await.map_err(http);
-        let result = match answered {
-            Ok(response) => {
-                let (parts, body) = response.into_parts();
-                match Limited::new(body, ANSWER_MAX).collect().await {
-                    Ok(body) => Ok(Response::from_parts(parts, body.to_bytes())),
-                    Err(_) => Err(CallError::Body { url: name(), limit: ANSWER_MAX }),
-                }
-            }
-            Err(error) => Err(error),
-        };
+        let (mut sender, driving) = open(dialer, url).await?;
+        let result = send(&mut sender, url, request).await;
         driving.abort();
         result
     };
     match tokio::time::timeout(timeout, calling).await {
         Ok(result) => result,
-        Err(_) => Err(CallError::TimedOut { url: name(), within: timeout }),
+        Err(_) => Err(CallError::TimedOut { url: url.as_str().to_string(), within: timeout }),
     }
 }
 

@@ -1,7 +1,16 @@
-//! The peer port as far as a single member has one: who it is, and that it is there (operations 3.3).
-//! Raft between members comes with clusters.
+//! The peer port, and the network of members behind it (operations 3.3, formats-and-peers 6).
+//!
+//! [`network`] knows every member, [`peer`] is one of them; [`stream`], [`pipeline`] are the ways to
+//! it, [`codec`] the bytes on them, [`server`] answers what others ask of raft.
 
 pub mod client;
+pub mod codec;
+pub mod forward;
+pub mod network;
+pub mod peer;
+pub mod pipeline;
+pub mod server;
+pub mod stream;
 
 use std::sync::Arc;
 
@@ -11,18 +20,21 @@ use axum::http::{HeaderValue, Method, Request, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::any;
 
+use self::server::Door;
 use super::http::member::HttpMember;
 use super::http::status::{method_not_allowed, not_found, version_page};
 use super::member::Member;
 
-/// Answers `/version`, `/members` and `/raft/probing`; others with 404.
-pub fn router(member: Arc<Member>) -> Router {
+/// Answers every path of the peer port; others with 404.
+pub fn router(member: Arc<Member>, door: Arc<Door>) -> Router {
     Router::new()
         .route("/version", any(version))
         .route("/members", any(members))
         .route("/raft/probing", any(probing))
         .fallback(not_found)
-        .with_state(member)
+        .with_state(member.clone())
+        .merge(forward::router(member))
+        .merge(server::router(door))
 }
 
 async fn version(State(member): State<Arc<Member>>, method: Method) -> Response {
