@@ -1,0 +1,12 @@
+//! Clusters under faults: what they acknowledge is kept, what they answer is true, and they go on.
+//!
+//! `QUORATE_TEST_PROGRAM=etcd` runs the same against etcd.
+
+#[path = "../linearizability/check/mod.rs"]
+mod check;
+mod crash;
+mod links;
+#[path = "../linearizability/record.rs"]
+mod record;
+mod rig;
+mod scenario;
