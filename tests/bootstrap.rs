@@ -390,7 +390,8 @@ fn who_cannot_join_is_told_why() {
             r#"[{{"id":5,"peerURLs":["{peer}"]}},{{"id":10,"peerURLs":["http://127.0.0.1:1"],"name":"a"}}]"#
         ))
     };
-    let cases: Vec<(Box<dyn Fn(&str) -> Pages>, String)> = vec![
+    type Served = Box<dyn Fn(&str) -> Pages>;
+    let cases: Vec<(Served, String)> = vec![
         (Box::new(|_| Pages::new()), nobody.clone()),
         (
             Box::new(|_| Pages::from([("/members", (200, String::new(), "[]".to_owned()))])),

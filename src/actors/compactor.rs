@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use actix::prelude::*;
+use engine_api::Engine;
 use quorate_proto::etcdserverpb as pb;
 use tokio::sync::oneshot;
 
@@ -143,7 +144,7 @@ impl Compactor {
                 return;
             }
             match hashed {
-                Ok(None) => return,
+                Ok(None) => {}
                 Ok(Some(hash)) => {
                     tracing::info!(
                         hash = hash.hash,
@@ -268,7 +269,14 @@ impl Compactor {
     }
 }
 
-/// Hashes with the pauses that a compaction makes; `None` if the member is stopping.
+/// A hash under way, and the engine that it is taken of.
+struct Begun {
+    engine: Arc<dyn Engine>,
+    hasher: KvHasher,
+}
+
+/// Hashes with the pauses that a compaction makes; `None` if another store took this one's place, or
+/// the member is stopping.
 async fn hash_in_slices(
     shared: Arc<Shared>,
     scheduled: Scheduled,
@@ -276,26 +284,28 @@ async fn hash_in_slices(
 ) -> Result<Option<KvHash>, ReadError> {
     let entries = options.batch_limit.saturating_mul(HASHED_PER_DROPPED);
     let mut begun = None;
-    let store = shared.published.load().engine.clone();
     loop {
-        let now = shared.published.load_full();
-        if !Arc::ptr_eq(&now.engine, &store) {
-            // A snapshot has taken the place of what was hashed so far.
-            return Ok(None);
-        }
-        let slice = move || -> Result<(KvHasher, Option<KvHash>), ReadError> {
+        let shared = shared.clone();
+        let slice = move || -> Result<Option<(Begun, Option<KvHash>)>, ReadError> {
+            let now = shared.published.load();
             let Scheduled { at, previous } = scheduled;
-            let mut hasher =
-                begun.unwrap_or_else(|| KvHasher::of_compaction(&now.store, at, previous));
+            let Begun { engine, mut hasher } = begun.unwrap_or_else(|| Begun {
+                engine: now.engine.clone(),
+                hasher: KvHasher::of_compaction(&now.store, at, previous),
+            });
+            if !Arc::ptr_eq(&engine, &now.engine) {
+                return Ok(None);
+            }
             // The view comes last: it holds whatever the snapshot has passed on to the engine.
             let values = Values::new(&*now.engine);
             let done = hasher.slice(&now.store, values.view()?, entries)?;
-            Ok((hasher, done))
+            Ok(Some((Begun { engine, hasher }, done)))
         };
         let Ok(sliced) = tokio::task::spawn_blocking(slice).await else { return Ok(None) };
         match sliced? {
-            (_, Some(hash)) => return Ok(Some(hash)),
-            (hasher, None) => begun = Some(hasher),
+            None => return Ok(None),
+            Some((_, Some(hash))) => return Ok(Some(hash)),
+            Some((so_far, None)) => begun = Some(so_far),
         }
         tokio::time::sleep(options.sleep).await;
     }

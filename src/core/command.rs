@@ -1,5 +1,9 @@
 //! What a normal log entry holds: etcd's `InternalRaftRequest` (formats-and-peers 5.4), read straight
 //! into the one request it carries.
+//!
+//! In a cluster with members older than 3.5 what members publish of themselves, and the cluster's
+//! version, are requests of the v2 API (5.3). They are read as the requests that took their place, and
+//! written as v2 only where that is asked for.
 
 use bytes::{Buf, Bytes, BytesMut};
 use prost::encoding::{
@@ -8,6 +12,9 @@ use prost::encoding::{
 use prost::{DecodeError, Message};
 use quorate_proto::etcdserverpb as pb;
 use quorate_proto::membershippb;
+use serde::{Deserialize, Serialize};
+
+use super::membership::null_is_empty;
 
 /// A request with the header that every entry carries.
 #[derive(Clone, PartialEq, Debug)]
@@ -29,6 +36,10 @@ pub enum CommandError {
     /// Every release panics on such an entry: it would fall behind its peers' state otherwise.
     #[error("log entry holds no request that this version knows")]
     Unknown,
+    #[error("log entry holds a request of the v2 API, {method} {path}, which is not supported")]
+    V2 { method: String, path: String },
+    #[error("log entry puts a value at {path} that cannot be read: {why}")]
+    V2Value { path: String, why: String },
 }
 
 const HEADER_TAG: u32 = 100;
@@ -144,11 +155,39 @@ impl Command {
         buf.freeze()
     }
 
+    /// The entry's data as a request of the v2 API; `None` if there is no such request.
+    pub fn encode_v2(&self) -> Option<Bytes> {
+        let (path, value) = match &self.request {
+            Request::ClusterVersionSet(set) => (V2_VERSION.to_string(), set.ver.clone()),
+            Request::ClusterMemberAttrSet(set) => {
+                let attributes = set.member_attributes.clone().unwrap_or_default();
+                let attributes =
+                    V2Attributes { name: attributes.name, client_urls: attributes.client_urls };
+                let json = serde_json::to_string(&attributes).expect("names are always JSON");
+                (format!("{V2_MEMBERS}{:x}{V2_ATTRIBUTES}", set.member_id), json)
+            }
+            _ => return None,
+        };
+        let request = V2Request { id: self.id, method: V2_PUT.to_string(), path, value };
+        Some(request.encode_to_vec().into())
+    }
+
     /// Reads an entry's data; byte fields share its memory.
     ///
     /// # Errors
     /// If it is not a request, or holds none that this version knows.
-    pub fn decode(mut data: Bytes) -> Result<Command, CommandError> {
+    pub fn decode(data: Bytes) -> Result<Command, CommandError> {
+        match Self::decode_v3(data.clone()) {
+            // A path is no message, so a v2 request never passes for one of the others.
+            Err(error @ CommandError::Malformed(_)) => match V2Request::decode(data) {
+                Ok(request) if request.path.starts_with('/') => request.command(),
+                _ => Err(error),
+            },
+            decoded => decoded,
+        }
+    }
+
+    fn decode_v3(mut data: Bytes) -> Result<Command, CommandError> {
         let mut command = None;
         let mut header = pb::RequestHeader::default();
         let mut old_id = 0;
@@ -177,6 +216,64 @@ impl Command {
             auth_revision: header.auth_revision,
             request: command.ok_or(CommandError::Unknown)?,
         })
+    }
+}
+
+const V2_PUT: &str = "PUT";
+const V2_VERSION: &str = "/0/version";
+const V2_MEMBERS: &str = "/0/members/";
+const V2_ATTRIBUTES: &str = "/attributes";
+
+/// A request of the v2 API, as far as members make them for themselves.
+#[derive(Clone, PartialEq, Message)]
+struct V2Request {
+    #[prost(uint64, tag = "1")]
+    id: u64,
+    #[prost(string, tag = "2")]
+    method: String,
+    #[prost(string, tag = "3")]
+    path: String,
+    #[prost(string, tag = "4")]
+    value: String,
+}
+
+/// What a member publishes of itself.
+#[derive(Default, Serialize, Deserialize)]
+struct V2Attributes {
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    name: String,
+    #[serde(
+        rename = "clientURLs",
+        default,
+        skip_serializing_if = "Vec::is_empty",
+        deserialize_with = "null_is_empty"
+    )]
+    client_urls: Vec<String>,
+}
+
+impl V2Request {
+    /// The request that took this one's place.
+    fn command(self) -> Result<Command, CommandError> {
+        let V2Request { id, method, path, value } = self;
+        if method != V2_PUT {
+            return Err(CommandError::V2 { method, path });
+        }
+        if path == V2_VERSION {
+            let set = membershippb::ClusterVersionSetRequest { ver: value };
+            return Ok(Command::new(id, Request::ClusterVersionSet(set)));
+        }
+        let member = path.strip_prefix(V2_MEMBERS).and_then(|p| p.strip_suffix(V2_ATTRIBUTES));
+        let Some(member_id) = member.and_then(|id| u64::from_str_radix(id, 16).ok()) else {
+            return Err(CommandError::V2 { method, path });
+        };
+        let attributes: V2Attributes = serde_json::from_str(&value)
+            .map_err(|error| CommandError::V2Value { path, why: error.to_string() })?;
+        let V2Attributes { name, client_urls } = attributes;
+        let set = membershippb::ClusterMemberAttrSetRequest {
+            member_id,
+            member_attributes: Some(membershippb::Attributes { name, client_urls }),
+        };
+        Ok(Command::new(id, Request::ClusterMemberAttrSet(set)))
     }
 }
 
@@ -235,6 +332,63 @@ mod tests {
         };
         let command = Command::decode(old.encode_to_vec().into()).unwrap();
         assert_eq!(command.id, 9);
+    }
+
+    #[test]
+    fn what_old_members_publish_is_read_and_written_as_they_do() {
+        let version = membershippb::ClusterVersionSetRequest { ver: "3.4.0".into() };
+        let version = Command::new(0x1234, Request::ClusterVersionSet(version));
+        let attributes = membershippb::Attributes {
+            name: "m1".into(),
+            client_urls: vec!["http://127.0.0.1:2379".into()],
+        };
+        let attributes = membershippb::ClusterMemberAttrSetRequest {
+            member_id: 0x8e9e_05c5_2164_694d,
+            member_attributes: Some(attributes),
+        };
+        let attributes = Command::new(7, Request::ClusterMemberAttrSet(attributes));
+        for (command, path, value) in [
+            (version, "/0/version", "3.4.0"),
+            (
+                attributes,
+                "/0/members/8e9e05c52164694d/attributes",
+                r#"{"name":"m1","clientURLs":["http://127.0.0.1:2379"]}"#,
+            ),
+        ] {
+            let data = command.encode_v2().unwrap();
+            let request = V2Request::decode(data.clone()).unwrap();
+            assert_eq!((request.path.as_str(), request.value.as_str()), (path, value));
+            assert_eq!((request.id, request.method.as_str()), (command.id, "PUT"));
+            assert_eq!(Command::decode(data).unwrap(), command);
+            // etcd 3.4 writes every field, empty or not.
+            let mut whole = request.encode_to_vec();
+            for field in [0x28, 0x38, 0x48, 0x50, 0x58, 0x60, 0x68, 0x70, 0x78] {
+                whole.extend([field, 0]);
+            }
+            whole.extend([0x32, 0, 0x80, 0x01, 0]);
+            assert_eq!(Command::decode(whole.into()).unwrap(), command);
+        }
+        assert_eq!(Command::new(1, put("k")).encode_v2(), None);
+    }
+
+    #[test]
+    fn other_requests_of_the_v2_api_are_named() {
+        let said = |method: &str, path: &str, value: &str| {
+            let request =
+                V2Request { id: 1, method: method.into(), path: path.into(), value: value.into() };
+            Command::decode(request.encode_to_vec().into()).unwrap_err().to_string()
+        };
+        assert_eq!(
+            said("PUT", "/1/key", "v"),
+            "log entry holds a request of the v2 API, PUT /1/key, which is not supported"
+        );
+        assert!(said("DELETE", "/0/version", "").contains("DELETE /0/version"));
+        assert!(said("PUT", "/0/members/xyz/attributes", "{}").contains("not supported"));
+        assert_eq!(
+            said("PUT", "/0/members/1/attributes", "no JSON"),
+            "log entry puts a value at /0/members/1/attributes that cannot be read: expected ident \
+             at line 1 column 2"
+        );
     }
 
     #[test]
