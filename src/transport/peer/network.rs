@@ -45,7 +45,6 @@ pub struct Options {
     pub dial_timeout: Duration,
     /// A stream that is silent for this long is dialled again; three link heartbeats are sent in it.
     pub read_timeout: Duration,
-    pub write_timeout: Duration,
 }
 
 /// Raft, as the network sees it.

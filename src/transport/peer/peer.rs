@@ -272,6 +272,13 @@ impl Peer {
         undelivered(&self.net, self.id, lost);
     }
 
+    /// The peer says that this member was removed. Only members are believed.
+    pub(super) fn told_of_removal(&self, error: &dyn std::error::Error) {
+        if self.dial {
+            self.net.removed(self.id, error);
+        }
+    }
+
     fn reached(&mut self) {
         if !self.active {
             self.active = true;
