@@ -101,7 +101,7 @@ impl Connection {
     ) -> Result<(), PostError> {
         let request = net
             .introduce(Request::post(path))
-            .header(header::HOST, client::host(url))
+            .header(header::HOST, client::host_header(url))
             .header(header::CONTENT_TYPE, content_type)
             .body(body)
             .expect("the headers of a member are valid");
