@@ -485,6 +485,7 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         receive_max: config.limits.max_request_bytes as usize + GRPC_OVERHEAD,
         reuse_port: config.listen.reuse_port,
         reuse_address: config.listen.reuse_address,
+        write_timeout: None,
     };
     // A port that is taken is found out before the directory is touched.
     let bound = bind_all(config, &options)?;
@@ -717,7 +718,6 @@ impl Running {
             network::Options {
                 dial_timeout: PEER_DIAL_TIMEOUT + election,
                 read_timeout: config.raft.read_timeout,
-                write_timeout: config.raft.write_timeout,
             },
         );
         let door = Arc::new(Door { net: net.clone(), network: network_seat.addr() });
@@ -986,7 +986,14 @@ impl Daemon {
         failures: &mpsc::UnboundedSender<std::io::Error>,
     ) {
         for (what, url, bound, served) in self.listeners.extract_if(.., |(what, ..)| wanted(what)) {
-            let workers = if what == "peer" { &self.peer_workers } else { &self.workers };
+            let mut options = self.options;
+            let workers = if what == "peer" {
+                // A stream takes more for as long as its buffers do: this finds a peer that has gone.
+                options.write_timeout = Some(self.config.raft.write_timeout);
+                &self.peer_workers
+            } else {
+                &self.workers
+            };
             let serving = match what {
                 "peer" => "serving peer traffic",
                 "metrics" => "serving metrics",
@@ -994,7 +1001,7 @@ impl Daemon {
             };
             tracing::info!(address = url.as_str(), "{serving}");
             let accepting =
-                listener::accept(bound, served, workers.clone(), self.options, stop.subscribe());
+                listener::accept(bound, served, workers.clone(), options, stop.subscribe());
             let failures = failures.clone();
             actix::spawn(async move {
                 if let Err(error) = accepting.await {

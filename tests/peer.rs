@@ -40,11 +40,8 @@ use tonic::transport::{Channel, Endpoint};
 /// Within this long whatever a test waits for must have happened.
 const PATIENCE: Duration = Duration::from_secs(20);
 const CLUSTER: ClusterId = ClusterId(0xc1);
-const OPTIONS: Options = Options {
-    dial_timeout: Duration::from_secs(2),
-    read_timeout: Duration::from_secs(5),
-    write_timeout: Duration::from_secs(5),
-};
+const OPTIONS: Options =
+    Options { dial_timeout: Duration::from_secs(2), read_timeout: Duration::from_secs(5) };
 
 /// What raft is told.
 #[derive(Clone, PartialEq, Debug)]
@@ -214,6 +211,7 @@ impl Node {
             receive_max: 1 << 20,
             reuse_port: false,
             reuse_address: false,
+            write_timeout: Some(options.read_timeout),
         };
         let stop = watch::Sender::new(false);
         let accepting =

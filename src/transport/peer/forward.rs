@@ -612,6 +612,7 @@ mod tests {
             receive_max: 0,
             reuse_port: false,
             reuse_address: false,
+            write_timeout: None,
         };
         let workers = Workers::new(vec![Arbiter::current()], 16);
         let stop = watch::Sender::new(false);

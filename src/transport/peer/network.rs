@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use arc_swap::ArcSwap;
+use http::HeaderValue;
 use quorate_proto::raftpb::Message as RaftMessage;
 use tokio::sync::mpsc;
 
@@ -45,7 +46,6 @@ pub struct Options {
     pub dial_timeout: Duration,
     /// A stream that is silent for this long is dialled again; three link heartbeats are sent in it.
     pub read_timeout: Duration,
-    pub write_timeout: Duration,
 }
 
 /// Raft, as the network sees it.
@@ -107,7 +107,7 @@ pub struct Net {
     /// The members as of the last applied change.
     pub members: ArcSwap<Membership>,
     pub snapshots: Snapshots,
-    headers: Vec<(&'static str, String)>,
+    headers: Vec<(&'static str, HeaderValue)>,
     head_lines: String,
 }
 
@@ -129,7 +129,7 @@ pub struct Links {
 impl Net {
     /// What `links` and `options` say.
     pub fn new(links: Links, options: Options) -> Arc<Self> {
-        let headers = vec![
+        let headers = [
             ("X-Server-From", links.local.to_string()),
             ("X-Server-Version", ETCD_VERSION.to_string()),
             ("X-Min-Cluster-Version", MIN_CLUSTER_VERSION.to_string()),
@@ -137,6 +137,10 @@ impl Net {
             ("X-PeerURLs", url::join(&links.own_urls)),
         ];
         let lines = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n"));
+        let head_lines = lines.collect();
+        let header = |value: &str| {
+            HeaderValue::from_bytes(value.as_bytes()).expect("a URL has no control characters")
+        };
         Arc::new(Net {
             cluster_id: links.cluster_id,
             local: links.local,
@@ -148,8 +152,8 @@ impl Net {
             metrics: links.metrics,
             members: ArcSwap::new(links.members),
             snapshots: links.snapshots,
-            head_lines: lines.collect(),
-            headers,
+            head_lines,
+            headers: headers.map(|(name, value)| (name, header(&value))).into(),
         })
     }
 

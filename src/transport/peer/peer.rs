@@ -30,6 +30,9 @@ const PROPOSALS_MAX: usize = 4096;
 /// Forwarded proposals that raft is handed together at most.
 const PROPOSALS_TOGETHER: usize = 1024;
 
+/// Three in the 5 s after which another member gives a silent stream up; it may have set more, not less.
+const HEARTBEAT: Duration = Duration::from_millis(5000 / 3);
+
 /// Messages for this peer, in order.
 #[derive(Message)]
 #[rtype(result = "()")]
@@ -272,6 +275,13 @@ impl Peer {
         undelivered(&self.net, self.id, lost);
     }
 
+    /// The peer says that this member was removed. Only members are believed.
+    pub(super) fn told_of_removal(&self, error: &dyn std::error::Error) {
+        if self.dial {
+            self.net.removed(self.id, error);
+        }
+    }
+
     fn reached(&mut self) {
         if !self.active {
             self.active = true;
@@ -300,9 +310,7 @@ impl Actor for Peer {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
-        // Three in the time after which a silent stream is given up.
-        let every: Duration = self.net.options.read_timeout / 3;
-        ctx.run_interval(every, |this, _| this.heartbeat());
+        ctx.run_interval(HEARTBEAT, |this, _| this.heartbeat());
         if self.dial {
             self.dial(ctx);
         }

@@ -101,7 +101,7 @@ impl Connection {
     ) -> Result<(), PostError> {
         let request = net
             .introduce(Request::post(path))
-            .header(header::HOST, client::host(url))
+            .header(header::HOST, client::host_header(url))
             .header(header::CONTENT_TYPE, content_type)
             .body(body)
             .expect("the headers of a member are valid");
@@ -114,7 +114,11 @@ impl Connection {
         let text = body.map(|body| body.to_bytes()).unwrap_or_default();
         let text = String::from_utf8_lossy(&text).trim().to_string();
         Err(match status {
-            StatusCode::FORBIDDEN => PostError::Removed { url: url.to_string(), text },
+            // Newer releases of etcd say 403 to a message for another member, too. That the address
+            // has changed hands is no reason to stop.
+            StatusCode::FORBIDDEN if !text.contains("mismatch member") => {
+                PostError::Removed { url: url.to_string(), text }
+            }
             _ => PostError::Refused { status: status.as_u16(), text },
         })
     }
@@ -195,7 +199,7 @@ impl Peer {
             Err(error) => {
                 self.urls.failed(&posted.url);
                 if matches!(error, PostError::Removed { .. }) {
-                    self.net.removed(self.id, &error);
+                    self.told_of_removal(&error);
                 }
                 self.lost(&[posted.message], &crate::actors::exit::full(&error));
             }

@@ -143,7 +143,7 @@ impl Prober {
         };
         let started = Instant::now();
         let request = Request::get("/raft/probing")
-            .header(header::HOST, client::host(url))
+            .header(header::HOST, client::host_header(url))
             .body(Body::empty())
             .expect("a parsed host is a header value");
         let response = connection.ask(request).await.map_err(said)?;

@@ -50,10 +50,13 @@ pub fn is_compatible(version: Version) -> bool {
 
 /// A version in a header; one that is missing is that of the releases that sent none.
 fn version(headers: &HeaderMap, name: &str) -> Option<Version> {
-    let text = headers.get(name).map_or(Ok("2.0.0"), HeaderValue::to_str).ok()?;
+    parse_version(headers.get(name).map_or(Ok("2.0.0"), HeaderValue::to_str).ok()?)
+}
+
+/// Reads the version that a member says it has.
+pub fn parse_version(text: &str) -> Option<Version> {
     // What follows the numbers, as in 3.7.0-rc.1, orders releases that are otherwise the same.
-    let numbers = text.split(['-', '+']).next().unwrap_or_default();
-    Version::parse(numbers)
+    Version::parse(text.split(['-', '+']).next().unwrap_or_default())
 }
 
 /// A refusal as these paths make it.

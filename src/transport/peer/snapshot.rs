@@ -224,7 +224,7 @@ impl Peer {
                 self.metrics.sent_failures.increment(1);
                 self.urls.failed(url);
                 if let SendError::Post(PostError::Removed { .. }) = &error {
-                    self.net.removed(self.id, &error);
+                    self.told_of_removal(&error);
                 }
                 tracing::warn!(
                     "remote-peer-id" = %self.id,
