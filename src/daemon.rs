@@ -1072,20 +1072,26 @@ fn signal_name(signal: Signal) -> &'static str {
 
 /// Skips most of the first election timeout once more than one other member can be reached: enough is
 /// left of it to hear of a leader that there may be (operations 2.9). A member that is alone campaigns
-/// by itself.
+/// by itself, and one that has a leader needs none.
 async fn advance_ticks(member: Arc<Member>, raft: crate::config::Raft) {
     let election_ticks = raft.election_ticks();
-    if member.now().members.members().len() == 1 {
-        return;
-    }
     if !raft.initial_election_tick_advance {
         tracing::info!("election-ticks" = election_ticks, "skipping initial election tick advance");
         return;
     }
-    tracing::info!("election-ticks" = election_ticks, "starting initial election tick advance");
     let deadline = Instant::now() + raft.read_timeout;
+    let mut told = false;
     while Instant::now() < deadline {
         tokio::time::sleep(REACHABLE_POLL).await;
+        if member.now().members.members().len() == 1 || member.shared.leader().is_some() {
+            return;
+        }
+        if !std::mem::replace(&mut told, true) {
+            tracing::info!(
+                "election-ticks" = election_ticks,
+                "starting initial election tick advance"
+            );
+        }
         let active = member.shared.reachable.count();
         if active > 1 {
             let ticks = election_ticks.saturating_sub(2);

@@ -62,7 +62,12 @@ pub enum InstallError {
          {:x?} and learners {:x?}",
         path.display(), conf_state.voters, conf_state.learners
     )]
-    Members { path: PathBuf, voters: Vec<u64>, learners: Vec<u64>, conf_state: raftpb::ConfState },
+    Members {
+        path: PathBuf,
+        voters: Vec<u64>,
+        learners: Vec<u64>,
+        conf_state: Box<raftpb::ConfState>,
+    },
 }
 
 /// Installs what was received in `snaps`.
@@ -335,6 +340,7 @@ fn mend(
     if membership.conf_state() != conf_state {
         let raftpb::ConfState { voters, learners, .. } = stored.members.conf_state();
         let path = path.to_path_buf();
+        let conf_state = Box::new(conf_state);
         return Err(InstallError::Members { path, voters, learners, conf_state });
     }
     for member in stored.members.members() {
