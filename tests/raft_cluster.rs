@@ -294,7 +294,8 @@ impl Cluster {
         if wanted {
             self.offer(id);
         }
-        let late = self.made_late.then(|| self.position(id));
+        let sends = output.messages.iter().any(|message| message.r#type == SNAP);
+        let late = (self.made_late && sends).then(|| self.position(id));
         for mut message in output.messages {
             if message.r#type == SNAP
                 && let Some(metadata) = &late
