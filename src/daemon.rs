@@ -68,6 +68,9 @@ const PEER_DIAL_TIMEOUT: Duration = Duration::from_secs(1);
 const REACHABLE_POLL: Duration = Duration::from_millis(50);
 /// Between two tries to publish, if the first was refused at once.
 const PUBLISH_PAUSE: Duration = Duration::from_millis(100);
+/// Members of older clusters stop at log entries that hold attributes of members (formats-and-peers
+/// 5.3).
+const PUBLISH_LEAST: Version = Version { major: 3, minor: 5, patch: 0 };
 /// Transport threads at most: more do not help while one thread applies.
 const TRANSPORT_THREADS_MAX: usize = 8;
 
@@ -1134,6 +1137,20 @@ async fn publish(member: &Arc<Member>, config: &Config) -> bool {
         member_id: member.shared.member_id.0,
         member_attributes: Some(membershippb::Attributes { name: name.clone(), client_urls }),
     });
+    // A member that has joined is sent the log first: what it publishes must suit the others.
+    while member.now().members.get(member.shared.member_id).is_none() {
+        tokio::time::sleep(REACHABLE_POLL).await;
+    }
+    if let Some(version) = member.now().members.cluster_version.filter(|v| *v < PUBLISH_LEAST) {
+        crate::fatal!(
+            {
+                "cluster-version" = %version,
+                "minimum-cluster-version-supported" = %PUBLISH_LEAST
+            },
+            "the members of this cluster are too old: they would stop at what this one publishes"
+        );
+        return false;
+    }
     loop {
         let error = match member.propose(request.clone()).await {
             Ok(_) => break,

@@ -381,6 +381,9 @@ fn joining(setup: &Setup, pages: impl FnOnce(&str) -> Pages) -> (Fake, String) {
     (fake, cluster)
 }
 
+/// What a fake answers, given the peer URL of who asks.
+type Answers = Box<dyn Fn(&str) -> Pages>;
+
 #[test]
 fn who_cannot_join_is_told_why() {
     let fetch = "cannot fetch cluster info from peer urls: ";
@@ -390,8 +393,7 @@ fn who_cannot_join_is_told_why() {
             r#"[{{"id":5,"peerURLs":["{peer}"]}},{{"id":10,"peerURLs":["http://127.0.0.1:1"],"name":"a"}}]"#
         ))
     };
-    type Served = Box<dyn Fn(&str) -> Pages>;
-    let cases: Vec<(Served, String)> = vec![
+    let cases: Vec<(Answers, String)> = vec![
         (Box::new(|_| Pages::new()), nobody.clone()),
         (
             Box::new(|_| Pages::from([("/members", (200, String::new(), "[]".to_owned()))])),

@@ -177,6 +177,22 @@ impl WalLog {
         metadata: &walpb::Metadata,
         options: WalOptions,
     ) -> Result<Self, WalError> {
+        Self::create_holding(disk, dir, metadata, &[], &raftpb::HardState::default(), options)
+    }
+
+    /// As [`WalLog::create_with`], with these entries, from index 1 on, and this hard state in it from
+    /// the first moment that there is a log: all of it is on the disk when this returns.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn create_holding(
+        disk: SharedDisk,
+        dir: &Path,
+        metadata: &walpb::Metadata,
+        entries: &[raftpb::Entry],
+        hard_state: &raftpb::HardState,
+        options: WalOptions,
+    ) -> Result<Self, WalError> {
         if has_log(&*disk, dir)? {
             return Err(WalError::Exists { dir: dir.to_path_buf() });
         }
@@ -199,6 +215,12 @@ impl WalLog {
         encoder.crc_record(&mut buffer);
         encoder.metadata(&metadata, &mut buffer);
         encoder.snapshot(&walpb::Snapshot::default(), &mut buffer);
+        for entry in entries {
+            encoder.entry(entry, &mut buffer);
+        }
+        if *hard_state != raftpb::HardState::default() {
+            encoder.hard_state(hard_state, &mut buffer);
+        }
         file.write_at(&buffer, 0).map_err(FileError::at("write", &path))?;
         file.sync_all().map_err(FileError::at("sync", &path))?;
         disk.sync_dir(&aside).map_err(FileError::at("sync", &aside))?;
@@ -225,8 +247,8 @@ impl WalLog {
             buffer,
             dirty: false,
             sync_needed: false,
-            hard_state: raftpb::HardState::default(),
-            last_index: 0,
+            hard_state: *hard_state,
+            last_index: entries.last().map_or(0, |entry| entry.index),
             written_bytes: tail_at,
             failed: None,
         })
@@ -1088,6 +1110,41 @@ mod tests {
         assert_eq!(recovered.last_index, 90);
         assert_eq!(recovered.entries[..89], expected[..89]);
         assert_eq!(recovered.entries[89], entry(2, 90, 10));
+    }
+
+    #[test]
+    fn a_log_is_created_with_all_that_it_begins_with_or_not_at_all() {
+        let entries = [entry(1, 1, 300), entry(1, 2, 300)];
+        let begin =
+            |disk| WalLog::create_holding(disk, dir(), &metadata(), &entries, &state(1, 2), SMALL);
+        let mut faults = 0;
+        loop {
+            let (mem, disk) = mem();
+            mem.fail_from(mem.changes() + faults, Fault::Io);
+            let created = begin(disk).is_ok();
+            for seed in 0..8 {
+                let after = mem.crash(seed);
+                if has_log(&after, dir()).unwrap() {
+                    let (_, recovered) = reopen(&after).unwrap();
+                    assert_eq!(recovered.entries, entries, "fault at {faults}");
+                    assert_eq!(recovered.hard_state, state(1, 2));
+                } else {
+                    assert!(!created);
+                }
+            }
+            if created {
+                break;
+            }
+            faults += 1;
+        }
+        assert!(faults > 4, "{faults}");
+
+        let (mem, disk) = mem();
+        let mut log = begin(disk).unwrap();
+        assert_eq!((log.last_index(), log.hard_state()), (2, state(1, 2)));
+        log.append(&[entry(2, 3, 5)], None).unwrap();
+        log.close().unwrap();
+        assert_eq!(reopen(&mem).unwrap().1.last_index, 3);
     }
 
     #[test]
