@@ -8,11 +8,15 @@ mod rig;
 use std::os::unix::process::ExitStatusExt;
 use std::time::{Duration, Instant};
 
+use prost::Message as _;
 use quorate_proto::etcdserverpb as pb;
+use quorate_proto::leasepb::LeaseInternalRequest;
 use rig::client::Client;
 use rig::cluster::{Cluster, Options};
 use rig::process::Program;
 use rig::{PATIENCE, run, wait_for};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status, Streaming};
@@ -321,6 +325,76 @@ fn leases_are_kept_alive_through_any_member() {
         .await;
         assert!(renewed.elapsed() >= Duration::from_secs(2), "{:?}", renewed.elapsed());
         assert_eq!(stream.renew(short).await, Ok(0));
+    });
+}
+
+/// Status, content type and body of the answer to a request on the peer port of member 0.
+async fn answered(cluster: &Cluster, method: &str, path: &str, body: &[u8]) -> [String; 3] {
+    let mut stream = TcpStream::connect(("127.0.0.1", cluster.members[0].peer_port)).await.unwrap();
+    let length = body.len();
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n"
+    );
+    stream.write_all(&[head.as_bytes(), body].concat()).await.unwrap();
+    let mut answer = Vec::new();
+    let reading = stream.read_to_end(&mut answer);
+    tokio::time::timeout(PATIENCE, reading).await.expect("an answer in time").unwrap();
+    let answer = answer.escape_ascii().to_string();
+    let (head, body) = answer.split_once("\\r\\n\\r\\n").expect("a head and a body");
+    let mut lines = head.split("\\r\\n");
+    let status = lines.next().unwrap().split(' ').nth(1).unwrap().to_string();
+    let kind = lines.find_map(|line| {
+        line.to_ascii_lowercase().strip_prefix("content-type: ").map(str::to_string)
+    });
+    [status, kind.unwrap_or_default(), body.to_string()]
+}
+
+/// A follower of the other program must understand the leader, and the leader it.
+#[test]
+fn a_leader_answers_the_other_members_as_etcd_does() {
+    run(async {
+        let ours = Cluster::start(Program::Quorate, 1, Options::brisk()).await;
+        let theirs = Cluster::start(Program::Etcd, 1, Options::brisk()).await;
+        for cluster in [&ours, &theirs] {
+            let client = cluster.client(0);
+            let request = pb::LeaseGrantRequest { ttl: 6000, id: 7 };
+            client.lease.clone().lease_grant(request).await.unwrap();
+        }
+        let renew = |id| pb::LeaseKeepAliveRequest { id }.encode_to_vec();
+        let internal = |id, keys| {
+            let request = pb::LeaseTimeToLiveRequest { id, keys };
+            LeaseInternalRequest { lease_time_to_live_request: Some(request) }.encode_to_vec()
+        };
+        for (method, path, body) in [
+            ("POST", "/leases", renew(7)),
+            ("POST", "/leases", renew(8)),
+            ("POST", "/leases", b"\xff".to_vec()),
+            ("GET", "/leases", Vec::new()),
+            ("PUT", "/leases/internal", Vec::new()),
+            ("POST", "/leases/internal", internal(8, true)),
+            ("POST", "/leases/internal", b"\xff".to_vec()),
+            ("POST", "/members/promote/1", Vec::new()),
+            ("POST", "/members/promote/x", Vec::new()),
+            ("GET", "/members/promote/1", Vec::new()),
+        ] {
+            let [ours, theirs] = [
+                answered(&ours, method, path, &body).await,
+                answered(&theirs, method, path, &body).await,
+            ];
+            assert_eq!(ours, theirs, "{method} {path} {body:?}");
+        }
+        // The seconds left may differ by one.
+        let body = internal(7, true);
+        let [ours, theirs] = [
+            answered(&ours, "POST", "/leases/internal", &body).await,
+            answered(&theirs, "POST", "/leases/internal", &body).await,
+        ];
+        assert_eq!(
+            (&ours[..2], ours[2].len()),
+            (&theirs[..2], theirs[2].len()),
+            "{ours:?} {theirs:?}"
+        );
+        assert_eq!(ours[0], "200");
     });
 }
 
