@@ -1,6 +1,4 @@
 //! Membership and leadership as clients of real processes see them.
-//!
-//! `QUORATE_TEST_PROGRAM=etcd` runs what does not depend on the release against etcd.
 
 #[path = "cluster/rig/mod.rs"]
 mod rig;
@@ -86,7 +84,7 @@ async fn once_healthy<T, F: Future<Output = Said<T>>>(what: &str, mut ask: impl 
 #[test]
 fn a_single_member_is_not_talked_into_losing_its_quorum() {
     run(async {
-        let mut cluster = Cluster::start(Program::from_env(), 1, Options::brisk()).await;
+        let mut cluster = Cluster::start(Program::Quorate, 1, Options::brisk()).await;
         let client = cluster.client(0);
         let own = cluster.id(0).await;
         let bad = || refused(Code::InvalidArgument, "given member URLs are invalid");
@@ -153,7 +151,7 @@ fn a_single_member_is_not_talked_into_losing_its_quorum() {
 #[test]
 fn members_join_as_learners_are_promoted_and_removed() {
     run(async {
-        let mut cluster = Cluster::start(Program::from_env(), 3, Options::brisk()).await;
+        let mut cluster = Cluster::start(Program::Quorate, 3, Options::brisk()).await;
         let leader = cluster.leader().await;
         let follower = cluster.follower().await;
         let asked = cluster.client(follower);
@@ -230,7 +228,7 @@ fn leadership_is_moved_and_handed_over() {
         // Long enough that an election by itself would be noticed.
         let options = Options { heartbeat_ms: 100, election_ms: 4000, ..Options::default() };
         let election = options.election();
-        let mut cluster = Cluster::start(Program::from_env(), 3, options).await;
+        let mut cluster = Cluster::start(Program::Quorate, 3, options).await;
         let leader = cluster.leader().await;
         let follower = cluster.follower().await;
         let (from, to) = (cluster.client(leader), cluster.client(follower));
@@ -264,7 +262,7 @@ fn leadership_is_moved_and_handed_over() {
 #[test]
 fn leases_are_kept_alive_through_any_member() {
     run(async {
-        let mut cluster = Cluster::start(Program::from_env(), 3, Options::brisk()).await;
+        let mut cluster = Cluster::start(Program::Quorate, 3, Options::brisk()).await;
         let leader = cluster.leader().await;
         let follower = cluster.follower().await;
         let client = cluster.client(follower);
@@ -401,7 +399,7 @@ fn a_leader_answers_the_other_members_as_etcd_does() {
 #[test]
 fn without_a_leader_each_call_says_so_in_its_way() {
     run(async {
-        let mut cluster = Cluster::start(Program::from_env(), 3, Options::brisk()).await;
+        let mut cluster = Cluster::start(Program::Quorate, 3, Options::brisk()).await;
         let leader = cluster.leader().await;
         let client = cluster.client_within(leader, PATIENCE);
         client.put("k", "v").await.unwrap();
