@@ -1,6 +1,4 @@
 //! Membership and leadership as clients of real processes see them.
-//!
-//! `QUORATE_TEST_PROGRAM=etcd` runs what does not depend on the release against etcd.
 
 #[path = "cluster/rig/mod.rs"]
 mod rig;
@@ -8,11 +6,15 @@ mod rig;
 use std::os::unix::process::ExitStatusExt;
 use std::time::{Duration, Instant};
 
+use prost::Message as _;
 use quorate_proto::etcdserverpb as pb;
+use quorate_proto::leasepb::LeaseInternalRequest;
 use rig::client::Client;
 use rig::cluster::{Cluster, Options};
 use rig::process::Program;
 use rig::{PATIENCE, run, wait_for};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Request, Status, Streaming};
@@ -82,7 +84,7 @@ async fn once_healthy<T, F: Future<Output = Said<T>>>(what: &str, mut ask: impl 
 #[test]
 fn a_single_member_is_not_talked_into_losing_its_quorum() {
     run(async {
-        let mut cluster = Cluster::start(Program::from_env(), 1, Options::brisk()).await;
+        let mut cluster = Cluster::start(Program::Quorate, 1, Options::brisk()).await;
         let client = cluster.client(0);
         let own = cluster.id(0).await;
         let bad = || refused(Code::InvalidArgument, "given member URLs are invalid");
@@ -149,7 +151,7 @@ fn a_single_member_is_not_talked_into_losing_its_quorum() {
 #[test]
 fn members_join_as_learners_are_promoted_and_removed() {
     run(async {
-        let mut cluster = Cluster::start(Program::from_env(), 3, Options::brisk()).await;
+        let mut cluster = Cluster::start(Program::Quorate, 3, Options::brisk()).await;
         let leader = cluster.leader().await;
         let follower = cluster.follower().await;
         let asked = cluster.client(follower);
@@ -226,7 +228,7 @@ fn leadership_is_moved_and_handed_over() {
         // Long enough that an election by itself would be noticed.
         let options = Options { heartbeat_ms: 100, election_ms: 4000, ..Options::default() };
         let election = options.election();
-        let mut cluster = Cluster::start(Program::from_env(), 3, options).await;
+        let mut cluster = Cluster::start(Program::Quorate, 3, options).await;
         let leader = cluster.leader().await;
         let follower = cluster.follower().await;
         let (from, to) = (cluster.client(leader), cluster.client(follower));
@@ -260,7 +262,7 @@ fn leadership_is_moved_and_handed_over() {
 #[test]
 fn leases_are_kept_alive_through_any_member() {
     run(async {
-        let mut cluster = Cluster::start(Program::from_env(), 3, Options::brisk()).await;
+        let mut cluster = Cluster::start(Program::Quorate, 3, Options::brisk()).await;
         let leader = cluster.leader().await;
         let follower = cluster.follower().await;
         let client = cluster.client(follower);
@@ -324,10 +326,80 @@ fn leases_are_kept_alive_through_any_member() {
     });
 }
 
+/// Status, content type and body of the answer to a request on the peer port of member 0.
+async fn answered(cluster: &Cluster, method: &str, path: &str, body: &[u8]) -> [String; 3] {
+    let mut stream = TcpStream::connect(("127.0.0.1", cluster.members[0].peer_port)).await.unwrap();
+    let length = body.len();
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n"
+    );
+    stream.write_all(&[head.as_bytes(), body].concat()).await.unwrap();
+    let mut answer = Vec::new();
+    let reading = stream.read_to_end(&mut answer);
+    tokio::time::timeout(PATIENCE, reading).await.expect("an answer in time").unwrap();
+    let answer = answer.escape_ascii().to_string();
+    let (head, body) = answer.split_once("\\r\\n\\r\\n").expect("a head and a body");
+    let mut lines = head.split("\\r\\n");
+    let status = lines.next().unwrap().split(' ').nth(1).unwrap().to_string();
+    let kind = lines.find_map(|line| {
+        line.to_ascii_lowercase().strip_prefix("content-type: ").map(str::to_string)
+    });
+    [status, kind.unwrap_or_default(), body.to_string()]
+}
+
+/// A follower of the other program must understand the leader, and the leader it.
+#[test]
+fn a_leader_answers_the_other_members_as_etcd_does() {
+    run(async {
+        let ours = Cluster::start(Program::Quorate, 1, Options::brisk()).await;
+        let theirs = Cluster::start(Program::Etcd, 1, Options::brisk()).await;
+        for cluster in [&ours, &theirs] {
+            let client = cluster.client(0);
+            let request = pb::LeaseGrantRequest { ttl: 6000, id: 7 };
+            client.lease.clone().lease_grant(request).await.unwrap();
+        }
+        let renew = |id| pb::LeaseKeepAliveRequest { id }.encode_to_vec();
+        let internal = |id, keys| {
+            let request = pb::LeaseTimeToLiveRequest { id, keys };
+            LeaseInternalRequest { lease_time_to_live_request: Some(request) }.encode_to_vec()
+        };
+        for (method, path, body) in [
+            ("POST", "/leases", renew(7)),
+            ("POST", "/leases", renew(8)),
+            ("POST", "/leases", b"\xff".to_vec()),
+            ("GET", "/leases", Vec::new()),
+            ("PUT", "/leases/internal", Vec::new()),
+            ("POST", "/leases/internal", internal(8, true)),
+            ("POST", "/leases/internal", b"\xff".to_vec()),
+            ("POST", "/members/promote/1", Vec::new()),
+            ("POST", "/members/promote/x", Vec::new()),
+            ("GET", "/members/promote/1", Vec::new()),
+        ] {
+            let [ours, theirs] = [
+                answered(&ours, method, path, &body).await,
+                answered(&theirs, method, path, &body).await,
+            ];
+            assert_eq!(ours, theirs, "{method} {path} {body:?}");
+        }
+        // The seconds left may differ by one.
+        let body = internal(7, true);
+        let [ours, theirs] = [
+            answered(&ours, "POST", "/leases/internal", &body).await,
+            answered(&theirs, "POST", "/leases/internal", &body).await,
+        ];
+        assert_eq!(
+            (&ours[..2], ours[2].len()),
+            (&theirs[..2], theirs[2].len()),
+            "{ours:?} {theirs:?}"
+        );
+        assert_eq!(ours[0], "200");
+    });
+}
+
 #[test]
 fn without_a_leader_each_call_says_so_in_its_way() {
     run(async {
-        let mut cluster = Cluster::start(Program::from_env(), 3, Options::brisk()).await;
+        let mut cluster = Cluster::start(Program::Quorate, 3, Options::brisk()).await;
         let leader = cluster.leader().await;
         let client = cluster.client_within(leader, PATIENCE);
         client.put("k", "v").await.unwrap();

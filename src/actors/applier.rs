@@ -36,11 +36,12 @@ use crate::actors::watch::Events;
 use crate::core::apply::{Effects, Kind, Machine, Outcome, Reply};
 use crate::core::command::{Command, Request};
 use crate::core::event::EventKind;
-use crate::core::membership::Membership;
+use crate::core::membership::{ChangeContext, Membership};
 use crate::core::mvcc::Values;
 use crate::core::mvcc::compact::{Compaction, Sliced};
 use crate::core::quota::Quota;
 use crate::core::types::{Index, MemberId, Term};
+use crate::logging;
 use crate::metrics::{Metrics, RequestKind};
 use crate::storage::install::{InstallError, Installer};
 
@@ -348,12 +349,54 @@ impl Applier {
 
     fn conf_changed(&mut self, changed: ConfChanged, ctx: &mut Context<Self>) {
         if let Some(change) = &changed.change {
+            self.tell_change(change);
             let remove = change.r#type == raftpb::ConfChangeType::RemoveNode as i32;
             if remove && change.node_id == self.links.shared.member_id.0 {
                 self.stop_removed(ctx);
             }
         }
         self.links.raft.do_send(changed);
+    }
+
+    fn tell_change(&self, change: &raftpb::ConfChange) {
+        use raftpb::ConfChangeType as Type;
+        let shared = &self.links.shared;
+        let (cluster, local) = (shared.cluster_id, shared.member_id);
+        let id = MemberId(change.node_id);
+        let now = shared.published.load();
+        let member = now.members.get(id);
+        let urls = logging::list(member.iter().flat_map(|member| &member.peer_urls));
+        let promoted = serde_json::from_slice::<ChangeContext>(&change.context)
+            .is_ok_and(|context| context.is_promote);
+        match change.r#type() {
+            Type::AddNode if promoted => tracing::info!(
+                "cluster-id" = %cluster,
+                "local-member-id" = %local,
+                "promoted-member-id" = %id,
+                "promote member"
+            ),
+            Type::AddNode | Type::AddLearnerNode => tracing::info!(
+                "cluster-id" = %cluster,
+                "local-member-id" = %local,
+                "added-peer-id" = %id,
+                "added-peer-peer-urls" = urls.value(),
+                "added-peer-is-learner" = member.is_some_and(|member| member.is_learner),
+                "added member"
+            ),
+            Type::UpdateNode => tracing::info!(
+                "cluster-id" = %cluster,
+                "local-member-id" = %local,
+                "updated-remote-peer-id" = %id,
+                "updated-remote-peer-urls" = urls.value(),
+                "updated member"
+            ),
+            Type::RemoveNode => tracing::info!(
+                "cluster-id" = %cluster,
+                "local-member-id" = %local,
+                "removed-remote-peer-id" = %id,
+                "removed member"
+            ),
+        }
     }
 
     /// Others, and those who wait here, learn of it first.

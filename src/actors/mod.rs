@@ -12,6 +12,7 @@
 //! raft ── Send ──► transport/peer ── Step, Unreachable, SnapshotDone ──► raft
 //! applier ── Members ──► transport/peer
 //! applier ── TakeSnapshot ──► snapshot ── SaveSnapshot, Release ──► wal
+//! transport ── ChangeConf, TransferLeader, AwaitApplied ──► raft      daemon ── Abandon ──► raft ──► applier
 //! transport ── Renewals, Remaining ──► lease      transport ── Open, Ask, Delivered ──► watch
 //! ```
 //!

@@ -46,6 +46,10 @@ const CHUNKS_AHEAD: usize = 32;
 /// Length of the SHA-256 that ends a snapshot.
 const DIGEST: u64 = 32;
 
+/// So long before the client's deadline it is told why leadership did not move: at the deadline, it
+/// would hear only of that.
+const WORD_BEFORE: Duration = Duration::from_millis(2);
+
 impl Maintenance {
     async fn alarm(self, request: pb::AlarmRequest) -> Result<pb::AlarmResponse, Status> {
         if pb::alarm_request::AlarmAction::try_from(request.action).is_err() {
@@ -227,15 +231,16 @@ impl Maintenance {
             Some(member) if !member.is_learner => {}
             _ => return Err(status::bad_leader_transferee()),
         }
-        // The client gives up when this does; but one that does not look at its own clock is told why.
-        let forever = std::future::pending();
+        let deadline = async {
+            match timeout {
+                Some(timeout) => tokio::time::sleep(timeout.saturating_sub(WORD_BEFORE)).await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             moved = self.member.transfer_leader(target) => moved?,
             () = self.member.stopped() => return Err(status::stopped()),
-            () = async { match timeout {
-                Some(timeout) => tokio::time::sleep(timeout).await,
-                None => forever.await,
-            } } => return Err(status::timeout_leader_transfer()),
+            () = deadline => return Err(status::timeout_leader_transfer()),
         }
         Ok(pb::MoveLeaderResponse::default())
     }
