@@ -43,6 +43,7 @@ use crate::core::types::{ClusterId, Index, MemberId, Term};
 use crate::core::watch::{Hub, HubOptions};
 use crate::logging::{self, Logging};
 use crate::metrics::Metrics;
+use crate::storage::install::{InstallError, Installer, OpenEngine};
 use crate::storage::lock::DataDirLock;
 use crate::storage::snap_dir::SnapDir;
 use crate::storage::wal_log::{self, Recovered, WalLog};
@@ -53,6 +54,7 @@ use crate::transport::member::{Limits, Member};
 use crate::transport::peer;
 use crate::transport::peer::network::{self, Net, Network, RaftLink};
 use crate::transport::peer::server::Door;
+use crate::transport::peer::snapshot::{FromEngine, Snapshots};
 
 /// File descriptors that are kept for everything but client connections (operations 1.4).
 const RESERVED_FILES: u64 = 150;
@@ -86,6 +88,8 @@ enum StartError {
     Wal(#[from] wal_log::WalError),
     #[error(transparent)]
     Snapshots(#[from] crate::storage::snap_dir::SnapError),
+    #[error(transparent)]
+    Install(#[from] InstallError),
     #[error("storage engine: {0}")]
     Engine(#[from] engine_api::EngineError),
     #[error("raft log: {0}")]
@@ -166,11 +170,11 @@ struct Found {
     member_id: MemberId,
     cluster_id: ClusterId,
     engine: Arc<dyn Engine>,
+    installer: Installer,
     log: WalLog,
     recovered: Recovered,
     machine: Machine,
     unfinished: Option<i64>,
-    persistent: bool,
     /// Members that the log does not tell of yet.
     remotes: Vec<(MemberId, Vec<Url>)>,
 }
@@ -193,22 +197,28 @@ fn server_version() -> Version {
     Version::parse(ETCD_VERSION).expect("a constant version parses")
 }
 
-/// Opens the engine that the configuration names.
-fn open_engine(config: &Config) -> Result<(Arc<dyn Engine>, bool), StartError> {
+/// What opens the engine that the configuration names, and puts others in its place.
+fn installer(
+    config: &Config,
+    disk: &SharedDisk,
+    snapshots: &SnapDir,
+) -> Result<Installer, StartError> {
     let options = &config.storage.engine_options;
     let refused = |error: String| StartError::Refused(format!("engine-options: {error}"));
-    Ok(match engine_dir(config) {
-        Some(dir) => {
+    let dir = engine_dir(config);
+    let open: OpenEngine = match dir {
+        Some(_) => {
             let options = engine_redb::RedbOptions::from_map(options).map_err(refused)?;
-            (Arc::new(engine_redb::Redb::open(&dir, &options)?), true)
+            Arc::new(move |dir| Ok(Arc::new(engine_redb::Redb::open(dir, &options)?)))
         }
         None => {
             if let Some(option) = options.keys().next() {
                 return Err(refused(format!("unknown option {option:?}: memory has none")));
             }
-            (Arc::new(engine_memory::Memory::new()), false)
+            Arc::new(|_| Ok(Arc::new(engine_memory::Memory::new())))
         }
-    })
+    };
+    Ok(Installer::new(disk.clone(), snapshots.clone(), dir, open, server_version()))
 }
 
 /// Where the configured engine has its files; `None` for one without any.
@@ -220,14 +230,17 @@ fn engine_dir(config: &Config) -> Option<PathBuf> {
 }
 
 /// Refuses a log that begins behind a snapshot when the engine's files are gone. Without a snapshot
-/// the log holds everything, and an engine is filled from it.
-fn check_engine_is_there(config: &Config, disk: &SharedDisk) -> Result<(), StartError> {
+/// the log holds everything, and an engine is filled from it; with a received one, from its database.
+fn check_engine_is_there(
+    config: &Config,
+    disk: &SharedDisk,
+    installer: &Installer,
+) -> Result<(), StartError> {
     let Some(dir) = engine_dir(config).filter(|dir| !dir.exists()) else { return Ok(()) };
     let wal_dir = config.member.wal_dir();
-    let newest =
-        wal_log::read(&**disk, &wal_dir, |valid| valid.last().cloned().unwrap_or_default())?;
+    let newest = wal_log::read(&**disk, &wal_dir, newest)?;
     let index = newest.start.index();
-    if index > 0 {
+    if index > 0 && !installer.has_received(index)? {
         return Err(StartError::Refused(format!(
             "database file ({}) of the backend is missing, but the write-ahead log in {} goes on \
              from a snapshot at index {index}",
@@ -284,17 +297,25 @@ fn create_dir(path: &Path) -> Result<(), StartError> {
         .map_err(|source| StartError::Dir { path: path.to_path_buf(), source })
 }
 
+/// The record to start from: the log before it may have been replaced.
+fn newest(valid: &[walpb::Snapshot]) -> walpb::Snapshot {
+    valid.iter().max_by_key(|record| record.index()).cloned().unwrap_or_default()
+}
+
 /// Reads the data directory; one without a log begins as `birth` says.
 fn read_directory(
     config: &Config,
     disk: &SharedDisk,
+    snapshots: &SnapDir,
     birth: Option<&Birth>,
 ) -> Result<Found, StartError> {
+    let installer = installer(config, disk, snapshots)?;
+    installer.clean()?;
     let wal_dir = config.member.wal_dir();
     if birth.is_none() {
-        check_engine_is_there(config, disk)?;
+        check_engine_is_there(config, disk, &installer)?;
     }
-    let (engine, persistent) = open_engine(config)?;
+    let mut engine = installer.open()?;
     let view = engine.view()?;
     let ttl_min = min_ttl(config.raft.election_ms);
     let blank = Membership::new(ClusterId(0), MemberId(0), config.cluster.max_learners as usize);
@@ -318,8 +339,8 @@ fn read_directory(
             "keys name a lease that does not exist; they are kept and never expire"
         );
     }
-    let (mut machine, unfinished) = (restored.machine, restored.unfinished);
-    let applied = machine.applied();
+    let (mut machine, mut unfinished) = (restored.machine, restored.unfinished);
+    let mut applied = machine.applied();
     if let Some(birth) = birth {
         if applied.0 > 0 {
             return Err(StartError::Refused(format!(
@@ -330,18 +351,42 @@ fn read_directory(
         }
         birth.write_log(disk, &wal_dir)?;
     }
-    let mut beyond = None;
+    let mut to_install = None;
     let (log, recovered) = WalLog::open(disk.clone(), &wal_dir, |valid| {
-        beyond = valid.iter().map(walpb::Snapshot::index).filter(|index| *index > applied.0).max();
-        let reached = valid.iter().rev().find(|record| record.index() <= applied.0);
-        reached.filter(|_| persistent).cloned().unwrap_or_default()
+        let newest = newest(valid);
+        if newest.index() > applied.0 {
+            match installer.has_received(newest.index()) {
+                // An engine in memory has no other beginning than that of the log.
+                Ok(false) if !installer.is_persistent() => return walpb::Snapshot::default(),
+                _ => to_install = Some(installer.received(&newest, valid)),
+            }
+        }
+        newest
     })?;
-    if let Some(index) = beyond.filter(|_| persistent) {
-        return Err(StartError::Refused(format!(
-            "database file ({} index {applied}) does not match with snapshot (index {index})",
-            config.member.data_dir.join("member").display()
-        )));
+    if let Some(received) = to_install {
+        let received = received?;
+        let index = recovered.start.index();
+        if !installer.has_received(index)? {
+            return Err(StartError::Refused(format!(
+                "database file ({} index {applied}) does not match with snapshot (index {index})",
+                config.member.data_dir.join("member").display()
+            )));
+        }
+        drop(engine);
+        engine = installer.install(&received)?;
+        let restored = machine.replaced_by(&*engine.view()?)?;
+        (machine, unfinished) = (restored.machine, restored.unfinished);
+        applied = machine.applied();
+        tracing::info!(
+            "snapshot-index" = index,
+            "applied-index" = applied.0,
+            revision = machine.store.now().revision(),
+            "installed the database that came with the newest snapshot"
+        );
     }
+    // Of those received, an engine on disk holds what it needs.
+    let needed = recovered.start.index() + u64::from(installer.is_persistent());
+    snapshots.release_dbs(needed)?;
     // Whatever the engine has applied was on disk in the log before: this is another's or an older log.
     // Going on would give numbers to new entries that the engine takes for done.
     if applied.0 > recovered.last_index {
@@ -369,11 +414,11 @@ fn read_directory(
         member_id,
         cluster_id,
         engine,
+        installer,
         log,
         recovered,
         machine,
         unfinished,
-        persistent,
         remotes,
     })
 }
@@ -445,7 +490,7 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     let bound = bind_all(config, &options)?;
     let birth = bootstrap::birth(config, plan, server_version()).await?;
     let snapshots = SnapDir::open(disk.clone(), &config.member.snap_dir())?;
-    let mut found = read_directory(config, &disk, birth.as_ref())?;
+    let mut found = read_directory(config, &disk, &snapshots, birth.as_ref())?;
     if config.cluster.force_new && plan == Plan::Restart {
         let applied = found.machine.applied();
         bootstrap::force::force(
@@ -660,6 +705,14 @@ impl Running {
                 exit: exit.clone(),
                 metrics: Metrics::global(),
                 members: shared.published.load().members.clone(),
+                snapshots: Snapshots::new(
+                    Box::new(FromEngine {
+                        shared: shared.clone(),
+                        applier: applier_seat.addr(),
+                        snapshots: snapshots.clone(),
+                    }),
+                    snapshots.clone(),
+                ),
             },
             network::Options {
                 dial_timeout: PEER_DIAL_TIMEOUT + election,
@@ -673,9 +726,11 @@ impl Running {
 
         let wal_addr = wal_seat.addr();
         let (log, to_raft, exit_wal) = (found.log, raft_addr.clone().recipient(), exit.clone());
+        let received = snapshots.clone();
         let sync = !config.storage.unsafe_no_fsync;
-        wal_seat
-            .start_in(&self.arbiter("wal"), move || WalWriter::new(log, to_raft, exit_wal, sync));
+        wal_seat.start_in(&self.arbiter("wal"), move || {
+            WalWriter::new(log, received, to_raft, exit_wal, sync)
+        });
 
         let committer = committer_seat.addr();
         let (to_applier, exit_committer) = (applier_seat.addr().recipient(), exit.clone());
@@ -683,6 +738,7 @@ impl Running {
             BatchCommitter::new(to_applier, exit_committer)
         });
 
+        let persistent = found.installer.is_persistent();
         let links = applier::Links {
             shared: shared.clone(),
             raft: raft_addr.clone(),
@@ -690,11 +746,16 @@ impl Running {
             watch: watch_seat.addr().recipient(),
             leases: lease_seat.addr().recipient(),
             promoted: lease_seat.addr().recipient(),
+            leases_replaced: lease_seat.addr().recipient(),
             compactor: compactor_seat.addr().recipient(),
+            store_replaced: compactor_seat.addr().recipient(),
             snapshotter: snapshot_seat.addr().recipient(),
+            installed: snapshot_seat.addr().recipient(),
+            installer: found.installer,
             peers: network_seat.addr().recipient(),
             exit: exit.clone(),
         };
+        let start = Index(found.recovered.start.index());
         let remotes = found.remotes;
         network_seat.start_in(peers_thread, move || Network::new(net, remotes));
         let applier_options = applier::Options {
@@ -702,8 +763,8 @@ impl Running {
             batch_limit: config.storage.batch_limit as usize,
             quota,
             // Without an engine that outlives the process, the whole log is needed.
-            snapshot_count: if found.persistent { config.raft.snapshot_count } else { u64::MAX },
-            snapshot_index: Index(found.recovered.start.index()),
+            snapshot_count: if persistent { config.raft.snapshot_count } else { u64::MAX },
+            snapshot_index: start,
             warning_apply: config.observe.warning_apply_duration,
         };
         let applier_addr = applier_seat.addr();
@@ -763,6 +824,8 @@ impl Running {
             wal_dir: config.member.wal_dir(),
             max_snapshots: config.raft.max_snapshots as usize,
             max_wals: config.raft.max_wals as usize,
+            persistent,
+            start,
         };
         let (snapshot_wal, exit_snapshot) = (wal_addr.clone(), exit.clone());
         snapshot_seat.start_in(&cold, move || {
@@ -974,7 +1037,6 @@ impl Daemon {
     }
 }
 
-/// A member that does not listen any more must not look as if it did.
 /// What etcd says when its member has been removed, and why it stops.
 fn log_removed(config: &Config) {
     tracing::warn!(
@@ -987,6 +1049,7 @@ fn log_removed(config: &Config) {
     );
 }
 
+/// A member that does not listen any more must not look as if it did.
 fn listener_ended(error: &std::io::Error) -> Ended {
     crate::fatal!(error = %full(error), "listener failed");
     Ended::Failed

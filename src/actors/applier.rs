@@ -1,6 +1,6 @@
 //! The applier: committed entries in index order, once; replies, events, engine batches.
 //!
-//! in:  `Apply` from actors/raft.rs, `Committed` from actors/committer.rs, `CompactSlice` from
+//! in:  `Apply` (entries, or a snapshot in the place of all before) from actors/raft.rs, `Committed` from actors/committer.rs, `CompactSlice` from
 //!      actors/compactor.rs, `Checkpoint` from transport and the daemon, `Flush` from actors/export.rs
 //! out: `Applied`, `ConfChanged` to actors/raft.rs; `Events` to actors/watch.rs; `LeaseChanges` to
 //!      actors/lease.rs; `Members` to the peer network; `Commit` to actors/committer.rs; `Compacted` to actors/compactor.rs;
@@ -23,15 +23,15 @@ use tokio::sync::oneshot;
 
 use crate::actors::answer;
 use crate::actors::committer::{BatchCommitter, Commit, Committed};
-use crate::actors::compactor::Compacted;
+use crate::actors::compactor::{Compacted, StoreReplaced};
 use crate::actors::exit::Exit;
-use crate::actors::lease::{LeaseChanges, Promoted};
+use crate::actors::lease::{LeaseChanges, LeasesReplaced, Promoted};
 use crate::actors::peers::Members;
 use crate::actors::raft::{
     Abandon, Answer, Answered, Applied, ConfChanged, Proposal, RaftActor, RequestError, Requests,
 };
 use crate::actors::shared::{Published, Shared};
-use crate::actors::snapshot::TakeSnapshot;
+use crate::actors::snapshot::{Installed, TakeSnapshot};
 use crate::actors::watch::Events;
 use crate::core::apply::{Effects, Kind, Machine, Outcome, Reply};
 use crate::core::command::{Command, Request};
@@ -42,11 +42,14 @@ use crate::core::mvcc::compact::{Compaction, Sliced};
 use crate::core::quota::Quota;
 use crate::core::types::{Index, MemberId, Term};
 use crate::metrics::{Metrics, RequestKind};
+use crate::storage::install::{InstallError, Installer};
 
 /// Committed entries, and who waits for them (or for later ones).
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Apply {
+    /// Received from a leader and recorded in the log: takes the place of all state, before `entries`.
+    pub snapshot: Option<raftpb::Snapshot>,
     pub entries: Vec<raftpb::Entry>,
     pub waiters: Vec<(u64, oneshot::Sender<Answer>)>,
 }
@@ -105,8 +108,12 @@ pub struct Links {
     pub watch: Recipient<Events>,
     pub leases: Recipient<LeaseChanges>,
     pub promoted: Recipient<Promoted>,
+    pub leases_replaced: Recipient<LeasesReplaced>,
     pub compactor: Recipient<Compacted>,
+    pub store_replaced: Recipient<StoreReplaced>,
     pub snapshotter: Recipient<TakeSnapshot>,
+    pub installed: Recipient<Installed>,
+    pub installer: Installer,
     /// The peer network.
     pub peers: Recipient<Members>,
     pub exit: Exit,
@@ -122,6 +129,8 @@ pub struct Applier {
     /// Entries not applied yet because the overlay is full.
     held: Vec<Apply>,
     compaction: Option<Compaction>,
+    /// Slices of compactions below it are of a store that was replaced.
+    compaction_floor: i64,
     committing: bool,
     cut_due: bool,
     last_durable: Instant,
@@ -156,6 +165,7 @@ impl Applier {
             waiters: Waiters::default(),
             held: Vec::new(),
             compaction: None,
+            compaction_floor: 0,
             committing: false,
             cut_due: false,
             last_durable: Instant::now(),
@@ -169,8 +179,20 @@ impl Applier {
     }
 
     fn apply(&mut self, apply: Apply, ctx: &mut Context<Self>) {
-        let Some(last) = apply.entries.last().map(|entry| Index(entry.index)) else { return };
         self.waiters.extend(apply.waiters);
+        let mut last = None;
+        if let Some(snapshot) = &apply.snapshot {
+            if let Err(error) = self.install(snapshot) {
+                return self.links.exit.fail("snapshot", &error);
+            }
+            last = snapshot.metadata.as_ref().map(|metadata| Index(metadata.index));
+            let local = self.links.shared.member_id;
+            if self.machine.members.removed().any(|id| id == local) {
+                self.stop_removed(ctx);
+            }
+        }
+        last = apply.entries.last().map(|entry| Index(entry.index)).or(last);
+        let Some(last) = last else { return };
         let engine = self.links.shared.published.load().engine.clone();
         let values = Values::new(&*engine);
         let size = || engine.size().unwrap_or(0);
@@ -216,6 +238,60 @@ impl Applier {
         self.links.raft.do_send(Applied(last));
         self.metrics.proposals_applied.set(last.0 as f64);
         self.after_change(ctx);
+    }
+
+    /// Takes over the state that a leader has sent: engine, store, leases, alarms, members. Whoever reads
+    /// the old one finishes with it. Those who wait for an entry that it covers are not told: what became of
+    /// it is not known here.
+    fn install(&mut self, snapshot: &raftpb::Snapshot) -> Result<(), InstallError> {
+        let metadata = snapshot.metadata.clone().unwrap_or_default();
+        let progress = |message: &str, applied: Index, index: Index| {
+            tracing::info!(
+                "current-snapshot-index" = index.0,
+                "current-applied-index" = applied.0,
+                "incoming-leader-snapshot-index" = metadata.index,
+                "incoming-leader-snapshot-term" = metadata.term,
+                "{message}"
+            );
+        };
+        progress("applying snapshot", self.machine.applied(), self.snapshot_index);
+        self.metrics.snapshot_apply_in_progress.set(1.0);
+        let shared = self.links.shared.clone();
+        // Giving space back goes by file names, which the new engine is about to take.
+        let reclaiming = shared.reclaiming.lock();
+        let engine = self.links.installer.install(snapshot)?;
+        let restored = self.machine.replaced_by(&*engine.view()?)?;
+        let before = self.machine.store.now().compact_revision();
+        self.machine = restored.machine;
+        let now = self.machine.store.now();
+        let (revision, compacted) = (now.revision(), now.compact_revision());
+        self.metrics.current_revision.set(revision as f64);
+        self.metrics.compact_revision.set(compacted as f64);
+        self.metrics.keys.set(now.live_keys() as f64);
+        self.compaction = None;
+        self.compaction_floor = restored.unfinished.unwrap_or(compacted + 1);
+        self.snapshot_index = self.machine.applied();
+        self.snapshot_wanted = false;
+        self.last_durable = Instant::now();
+        shared.published.store(Arc::new(Published::of(&self.machine, engine, None)));
+        drop(reclaiming);
+        // The hub has not been told of anything in between: it reads it from the new store.
+        self.links.watch.do_send(Events {
+            revision,
+            events: None,
+            compacted: (compacted > before).then_some(compacted),
+            bytes: 0,
+        });
+        self.links.leases_replaced.do_send(LeasesReplaced(self.machine.leases.clone()));
+        let unfinished = restored.unfinished;
+        self.links.store_replaced.do_send(StoreReplaced { compacted, unfinished });
+        self.links.installed.do_send(Installed(Index(metadata.index)));
+        self.links.peers.do_send(Members(shared.published.load().members.clone()));
+        self.show_alarms();
+        self.show_cluster_version();
+        self.metrics.snapshot_apply_in_progress.set(0.0);
+        progress("applied snapshot", self.machine.applied(), self.snapshot_index);
+        Ok(())
     }
 
     fn account(&self, outcome: &Outcome, took: Duration) {
@@ -274,11 +350,15 @@ impl Applier {
         if let Some(change) = &changed.change {
             let remove = change.r#type == raftpb::ConfChangeType::RemoveNode as i32;
             if remove && change.node_id == self.links.shared.member_id.0 {
-                // Others, and those who wait here, learn of it first.
-                ctx.run_later(REMOVED_STOPS_AFTER, |this, _| this.links.exit.removed());
+                self.stop_removed(ctx);
             }
         }
         self.links.raft.do_send(changed);
+    }
+
+    /// Others, and those who wait here, learn of it first.
+    fn stop_removed(&self, ctx: &mut Context<Self>) {
+        ctx.run_later(REMOVED_STOPS_AFTER, |this, _| this.links.exit.removed());
     }
 
     /// Raises the alarm for this member; the caller is answered when it is in force.
@@ -316,7 +396,7 @@ impl Applier {
     /// Tells everyone who follows the store. Their mailboxes take it before any caller is answered.
     fn spread(&mut self, effects: Effects) {
         let store = self.machine.store.now();
-        if effects.compacted.is_some() || !effects.events.is_empty() {
+        if !effects.compactions.is_empty() || !effects.events.is_empty() {
             self.metrics.current_revision.set(store.revision() as f64);
             self.metrics.keys.set(store.live_keys() as f64);
             let puts = effects.events.iter().filter(|e| matches!(e.kind, EventKind::Put { .. }));
@@ -327,15 +407,15 @@ impl Applier {
             self.links.watch.do_send(self.links.shared.unwatched.pack(
                 store.revision(),
                 effects.events,
-                effects.compacted,
+                effects.compactions.last().map(|scheduled| scheduled.at),
             ));
         }
         if !effects.leases.is_empty() {
             self.links.leases.do_send(LeaseChanges(effects.leases));
         }
-        if let Some(at) = effects.compacted {
-            self.metrics.compact_revision.set(at as f64);
-            self.links.compactor.do_send(Compacted(at));
+        for scheduled in effects.compactions {
+            self.metrics.compact_revision.set(scheduled.at as f64);
+            self.links.compactor.do_send(Compacted(scheduled));
         }
         if effects.members {
             let members = self.links.shared.published.load().members.clone();
@@ -347,14 +427,20 @@ impl Applier {
         if effects.cluster_version
             && let Some(version) = self.machine.members.cluster_version
         {
-            let text = format!("{}.{}", version.major, version.minor);
-            self.metrics.cluster_version.with(&[&text]).set(1.0);
+            self.show_cluster_version();
             tracing::info!(
                 "cluster-id" = %self.links.shared.cluster_id,
                 "local-member-id" = %self.links.shared.member_id,
                 "cluster-version" = %format!("{}.{}", version.major, version.minor),
                 "set initial cluster version"
             );
+        }
+    }
+
+    fn show_cluster_version(&self) {
+        if let Some(version) = self.machine.members.cluster_version {
+            let text = format!("{}.{}", version.major, version.minor);
+            self.metrics.cluster_version.with(&[&text]).set(1.0);
         }
     }
 
@@ -435,7 +521,9 @@ impl Handler<Apply> for Applier {
         if self.links.exit.failed() {
             return;
         }
-        if !self.held.is_empty() || self.overlay_is_full() {
+        // The engine may be replaced only when nothing is being written to it.
+        let replaces = apply.snapshot.is_some() && self.committing;
+        if !self.held.is_empty() || replaces || self.overlay_is_full() {
             self.held.push(apply);
         } else {
             self.apply(apply, ctx);
@@ -514,6 +602,9 @@ impl Handler<CompactSlice> for Applier {
     type Result = MessageResult<CompactSlice>;
 
     fn handle(&mut self, slice: CompactSlice, ctx: &mut Self::Context) -> Self::Result {
+        if slice.at < self.compaction_floor {
+            return MessageResult(Sliced { dropped: 0, done: true });
+        }
         let mut compaction = match self.compaction.take() {
             Some(compaction) if !slice.first && compaction.at() == slice.at => compaction,
             _ => Compaction::new(slice.at),

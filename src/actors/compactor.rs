@@ -1,7 +1,11 @@
 //! The compactor: drops superseded revisions in slices, and compacts by itself when told to.
 //!
-//! in:  `Compacted` from actors/applier.rs, `AwaitCompaction` from transport/grpc/kv.rs
+//! in:  `Compacted`, `StoreReplaced` from actors/applier.rs, `AwaitCompaction` from transport/grpc/kv.rs
 //! out: `CompactSlice` to actors/applier.rs, `Requests` (a compaction) to actors/raft.rs
+//!
+//! Before a compaction's first slice, what it covers is hashed (v3-api 6.6). Compactions are done one
+//! after the other, so nothing is dropped meanwhile, and the entries to hash are history: the hash is
+//! taken beside all writes, slice by slice, on a thread that may block.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -18,12 +22,24 @@ use crate::actors::raft::{Proposal, RaftActor, Requests};
 use crate::actors::shared::Shared;
 use crate::core::autocompact::AutoCompaction;
 use crate::core::command::{Command, Request};
+use crate::core::mvcc::compact::Scheduled;
+use crate::core::mvcc::hash::{KvHash, KvHasher};
+use crate::core::mvcc::{ReadError, Values};
 use crate::metrics::Metrics;
 
 /// A compaction has taken effect; what it superseded is to be dropped.
 #[derive(Message)]
 #[rtype(result = "()")]
-pub struct Compacted(pub i64);
+pub struct Compacted(pub Scheduled);
+
+/// A snapshot of the leader has taken the place of the store, which is compacted at `compacted`;
+/// `unfinished` is what its sender was not done with.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct StoreReplaced {
+    pub compacted: i64,
+    pub unfinished: Option<i64>,
+}
 
 /// Answered when everything superseded up to this revision is gone from the engine. For a revision that
 /// is not compacted at all: when what is under way is done.
@@ -45,6 +61,18 @@ pub struct Options {
     pub request_timeout: Duration,
 }
 
+/// Entries hashed at a time, in slices of a compaction: hashing only reads.
+const HASHED_PER_DROPPED: usize = 10;
+
+/// A compaction to do.
+#[derive(Clone, Copy)]
+struct Job {
+    at: i64,
+    /// The compact revision before it; `None` for a compaction that a restart has cut short: some of
+    /// what it covers is gone, so no hash can be taken.
+    previous: Option<i64>,
+}
+
 /// Owns the progress of compactions.
 pub struct Compactor {
     shared: Arc<Shared>,
@@ -54,8 +82,10 @@ pub struct Compactor {
     auto: AutoCompaction,
     metrics: &'static Metrics,
     /// Compactions to do, the first one under way.
-    queue: VecDeque<i64>,
+    queue: VecDeque<Job>,
     running: bool,
+    /// Counts the stores: a slice of another one says nothing about this one.
+    store: u64,
     started: Instant,
     finished: i64,
     waiting: Vec<AwaitCompaction>,
@@ -78,8 +108,9 @@ impl Compactor {
             options,
             auto,
             metrics: Metrics::global(),
-            queue: unfinished.into_iter().collect(),
+            queue: unfinished.map(|at| Job { at, previous: None }).into_iter().collect(),
             running: false,
+            store: 0,
             started: Instant::now(),
             finished: -1,
             waiting: Vec::new(),
@@ -90,18 +121,56 @@ impl Compactor {
         if !self.running && !self.queue.is_empty() {
             self.running = true;
             self.started = Instant::now();
-            self.slice(true, ctx);
+            self.hash(ctx);
         }
     }
 
+    /// Hashes what the first compaction covers, then begins to drop what it superseded.
+    fn hash(&mut self, ctx: &mut Context<Self>) {
+        let Some(&Job { at, previous }) = self.queue.front() else { return };
+        let Some(previous) = previous else {
+            tracing::warn!(
+                "compact-revision" = at,
+                "previous compaction was interrupted, skip storing compaction hash value"
+            );
+            return self.slice(true, ctx);
+        };
+        let scheduled = Scheduled { at, previous };
+        let hashing = hash_in_slices(self.shared.clone(), scheduled, self.options).into_actor(self);
+        ctx.spawn(hashing.map(move |hashed, this, ctx| {
+            match hashed {
+                Ok(None) => return,
+                Ok(Some(hash)) => {
+                    tracing::info!(
+                        hash = hash.hash,
+                        revision = hash.revision,
+                        "compact-revision" = hash.compact_revision,
+                        "storing new hash"
+                    );
+                    this.shared.record_compaction_hash(hash);
+                }
+                // The compaction itself needs no hash; an engine that has failed ends the member where
+                // it is written to.
+                Err(error) => {
+                    tracing::warn!(revision = at, %error, "failed to hash for compaction")
+                }
+            }
+            this.slice(true, ctx);
+        }));
+    }
+
     fn slice(&mut self, first: bool, ctx: &mut Context<Self>) {
-        let Some(&at) = self.queue.front() else { return };
+        let Some(&Job { at, .. }) = self.queue.front() else { return };
         let limit = self.options.batch_limit;
+        let store = self.store;
         let sent = Instant::now();
         let slice = self.applier.send(CompactSlice { at, first, limit }).into_actor(self);
         ctx.spawn(slice.map(move |sliced, this, ctx| {
             // No applier, no store: the member is stopping.
             let Ok(sliced) = sliced else { return };
+            if store != this.store {
+                return;
+            }
             let pause_ms = sent.elapsed().as_secs_f64() * 1000.0;
             this.metrics.index_compaction_pause_ms.record(pause_ms);
             this.metrics.db_compaction_pause_ms.record(pause_ms);
@@ -109,7 +178,11 @@ impl Compactor {
             if sliced.done {
                 this.finish(at, ctx);
             } else {
-                ctx.run_later(this.options.sleep, |this, ctx| this.slice(false, ctx));
+                ctx.run_later(this.options.sleep, move |this, ctx| {
+                    if store == this.store {
+                        this.slice(false, ctx);
+                    }
+                });
             }
         }));
     }
@@ -191,6 +264,39 @@ impl Compactor {
     }
 }
 
+/// Hashes with the pauses that a compaction makes; `None` if the member is stopping.
+async fn hash_in_slices(
+    shared: Arc<Shared>,
+    scheduled: Scheduled,
+    options: Options,
+) -> Result<Option<KvHash>, ReadError> {
+    let entries = options.batch_limit.saturating_mul(HASHED_PER_DROPPED);
+    let mut begun = None;
+    let store = shared.published.load().engine.clone();
+    loop {
+        let now = shared.published.load_full();
+        if !Arc::ptr_eq(&now.engine, &store) {
+            // A snapshot has taken the place of what was hashed so far.
+            return Ok(None);
+        }
+        let slice = move || -> Result<(KvHasher, Option<KvHash>), ReadError> {
+            let Scheduled { at, previous } = scheduled;
+            let mut hasher =
+                begun.unwrap_or_else(|| KvHasher::of_compaction(&now.store, at, previous));
+            // The view comes last: it holds whatever the snapshot has passed on to the engine.
+            let values = Values::new(&*now.engine);
+            let done = hasher.slice(&now.store, values.view()?, entries)?;
+            Ok((hasher, done))
+        };
+        let Ok(sliced) = tokio::task::spawn_blocking(slice).await else { return Ok(None) };
+        match sliced? {
+            (_, Some(hash)) => return Ok(Some(hash)),
+            (hasher, None) => begun = Some(hasher),
+        }
+        tokio::time::sleep(options.sleep).await;
+    }
+}
+
 impl Actor for Compactor {
     type Context = Context<Self>;
 
@@ -204,8 +310,25 @@ impl Actor for Compactor {
 impl Handler<Compacted> for Compactor {
     type Result = ();
 
-    fn handle(&mut self, Compacted(at): Compacted, ctx: &mut Self::Context) {
-        self.queue.push_back(at);
+    fn handle(&mut self, Compacted(scheduled): Compacted, ctx: &mut Self::Context) {
+        let Scheduled { at, previous } = scheduled;
+        self.queue.push_back(Job { at, previous: Some(previous) });
+        self.start(ctx);
+    }
+}
+
+impl Handler<StoreReplaced> for Compactor {
+    type Result = ();
+
+    fn handle(&mut self, replaced: StoreReplaced, ctx: &mut Self::Context) {
+        self.store += 1;
+        self.running = false;
+        self.queue.clear();
+        self.queue.extend(replaced.unfinished);
+        if self.queue.is_empty() {
+            self.finished = self.finished.max(replaced.compacted);
+        }
+        self.release_waiting(ctx);
         self.start(ctx);
     }
 }
@@ -215,7 +338,7 @@ impl Handler<AwaitCompaction> for Compactor {
 
     fn handle(&mut self, mut waiting: AwaitCompaction, ctx: &mut Self::Context) {
         match self.queue.back() {
-            Some(last) => waiting.at = waiting.at.min(*last),
+            Some(last) => waiting.at = waiting.at.min(last.at),
             None => {
                 // All that was ever compacted is done.
                 self.finished =

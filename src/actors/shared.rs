@@ -16,7 +16,7 @@ use crate::core::apply::Machine;
 use crate::core::event::{Event, History, HistoryError};
 use crate::core::lease::LeaseTable;
 use crate::core::membership::Membership;
-use crate::core::mvcc::hash::KvHash;
+use crate::core::mvcc::hash::{CompactionHashes, KvHash};
 use crate::core::mvcc::history::event;
 use crate::core::mvcc::{ReadError, Snapshot, Values};
 use crate::core::reconfig::{Contact, Leadership, STABLE_AFTER};
@@ -96,8 +96,13 @@ pub struct Shared {
     pub raft: RaftView,
     /// Members that the peer network can reach.
     pub reachable: Arc<Liveness>,
+    /// What compactions left to be compared with other members. Belongs to the store that they were
+    /// made on: another store begins without any.
+    pub compaction_hashes: ArcSwap<CompactionHashes>,
     /// Set while the engine gives space back.
     pub defragmenting: AtomicBool,
+    /// Held while it does, and while it is replaced: both go by the names of its files.
+    pub reclaiming: Mutex<()>,
     /// What the applier has told the watch hub and the hub has not heard yet.
     pub unwatched: Backlog,
     started: Instant,
@@ -118,7 +123,9 @@ impl Shared {
             published: ArcSwap::from_pointee(published),
             raft: RaftView::default(),
             reachable: Arc::default(),
+            compaction_hashes: ArcSwap::default(),
             defragmenting: AtomicBool::new(false),
+            reclaiming: Mutex::new(()),
             unwatched: Backlog::default(),
             started: Instant::now(),
             next_request: AtomicU64::new(first),
@@ -221,11 +228,16 @@ impl Shared {
     }
 
     /// `HashKV` at main revision `at`; the store's revision and the term of the state that it was read
-    /// from.
+    /// from. For the revision of a remembered compaction it is the hash that was taken then, under the
+    /// compact revision of then.
     ///
     /// # Errors
     /// As [`Shared::read`].
     pub fn hash_kv(&self, at: i64) -> Result<(KvHash, i64, Term), ReadError> {
+        if let Some(hash) = self.compaction_hashes.load().get(at) {
+            let now = self.published.load();
+            return Ok((hash, now.store.revision(), now.term));
+        }
         self.read(|now, values| {
             let view = values.view()?;
             // What the view lacks because of a compaction, the snapshot must know as compacted.
@@ -234,6 +246,15 @@ impl Shared {
             }
             Ok((now.store.hash_kv(view, at)?, now.store.revision(), now.term))
         })
+    }
+
+    /// Remembers what a compaction left behind.
+    pub fn record_compaction_hash(&self, hash: KvHash) {
+        self.compaction_hashes.rcu(|hashes| {
+            let mut hashes = CompactionHashes::clone(hashes);
+            hashes.record(hash);
+            hashes
+        });
     }
 
     /// Entries committed but not applied: the measure of the "too many requests" gate.

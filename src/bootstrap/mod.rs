@@ -57,7 +57,7 @@ pub enum BootstrapError {
         "member {0} is a learner and holds no vote: --force-new-cluster needs a member that votes"
     )]
     Learner(MemberId),
-    #[error("log entry {index}")]
+    #[error("log entry {index}: {source}")]
     BadChange { index: Index, source: ConfChangeError },
     #[error(transparent)]
     Wal(#[from] WalError),

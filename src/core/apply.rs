@@ -21,7 +21,7 @@ use super::command::{Command, CommandError, Request};
 use super::event::Event;
 use super::lease::{LeaseError, LeaseTable};
 use super::membership::{Member, Membership, MembershipChange, MembershipError, Version};
-use super::mvcc::compact::SCHEDULED;
+use super::mvcc::compact::{SCHEDULED, Scheduled};
 use super::mvcc::keyspace::revision_key;
 use super::mvcc::txn::{Txn, TxnError};
 use super::mvcc::{ReadError, Store, Values};
@@ -133,8 +133,8 @@ pub enum LeaseChange {
 pub struct Effects {
     pub events: Vec<Event>,
     pub leases: Vec<LeaseChange>,
-    /// A compaction took effect at this revision.
-    pub compacted: Option<i64>,
+    /// Compactions that took effect, in the order of their revisions.
+    pub compactions: Vec<Scheduled>,
     pub alarms: bool,
     pub members: bool,
     pub cluster_version: bool,
@@ -577,11 +577,12 @@ impl Machine {
         request: &pb::CompactionRequest,
         effects: &mut Effects,
     ) -> Result<Result<Reply, ApplyError>, Fatal> {
-        if let Err(error) = self.store.compact(request.revision) {
-            return Ok(Err(sort_read(error)?));
-        }
+        let scheduled = match self.store.compact(request.revision) {
+            Ok(scheduled) => scheduled,
+            Err(error) => return Ok(Err(sort_read(error)?)),
+        };
         self.ops.put(Table::Meta, SCHEDULED, revision_key(Revision::main(request.revision), false));
-        effects.compacted = Some(request.revision);
+        effects.compactions.push(scheduled);
         let header = header(self.store.now().revision());
         Ok(Ok(Reply::Compact(pb::CompactionResponse { header })))
     }

@@ -526,8 +526,13 @@ impl Replay {
                     self.entries.truncate(position as usize);
                     self.last_index = entry.index;
                     self.entries.push(entry);
-                } else if entry.index == start_index {
-                    self.term_at_start = Some(entry.term);
+                } else {
+                    // Also from here on everything is replaced, what lies behind the start included.
+                    self.entries.clear();
+                    self.last_index = start_index;
+                    if entry.index == start_index {
+                        self.term_at_start = Some(entry.term);
+                    }
                 }
             }
             RecordKind::State => self.hard_state = decode(kind, data)?,

@@ -371,6 +371,27 @@ impl WalLog {
         self.keep(outcome)
     }
 
+    /// Puts in the place of all entries the snapshot that a leader has sent, whose file is on disk. Its
+    /// commit index goes with it: a record above the commit index does not count, so that a crash leaves
+    /// either both or the log as it was. As with [`WalLog::append`], a sync is owed.
+    ///
+    /// # Errors
+    /// `Io`, as [`WalLog::append`].
+    /// # Panics
+    /// If the configuration is missing: etcd refuses to read that.
+    pub fn replace(&mut self, snapshot: &walpb::Snapshot) -> Result<(), WalError> {
+        assert!(snapshot.conf_state.is_some(), "a snapshot record has a configuration");
+        self.check()?;
+        self.encoder.snapshot(snapshot, &mut self.buffer);
+        self.last_index = snapshot.index();
+        self.sync_needed = true;
+        if self.hard_state.commit < snapshot.index() {
+            self.hard_state.commit = snapshot.index();
+            self.encoder.hard_state(&self.hard_state, &mut self.buffer);
+        }
+        Ok(())
+    }
+
     /// Gives up the locks of segments that hold only entries below `index`, so that [`purge`] may
     /// remove them; the segment with the entry itself is kept.
     pub fn release_to(&mut self, index: u64) {

@@ -217,6 +217,9 @@ impl Services {
     }
 
     async fn call(&self, request: Request<Incoming>) -> Response<tonic::body::Body> {
+        if let Some(refused) = grpc::deadline::malformed(request.headers()) {
+            return refused;
+        }
         let path = request.uri().path();
         let service = path.strip_prefix('/').and_then(|path| path.split_once('/'));
         // As etcd does: what came compressed is answered compressed, whatever else the client reads.

@@ -288,6 +288,9 @@ impl Run {
             0..70 => self.write(),
             70..78 => {
                 let (keys, limit) = (self.rng.within(1, 4), self.rng.within(1, 4));
+                if self.rng.one_in(2) && self.rig.hash_compaction(limit as usize) {
+                    return;
+                }
                 self.rig.slice(keys as usize, limit as usize);
             }
             78..86 => self.rig.cut(),
@@ -455,6 +458,11 @@ impl Run {
             self.rig.restart(0);
             assert!(self.rig.compactions.is_empty(), "nothing is left to resume");
         }
+        for hash in &self.rig.hashes {
+            let (at, previous) = (hash.revision, hash.compact_revision);
+            let expected = self.twin.compaction_hash(at, previous);
+            assert_eq!(hash.hash, expected, "compaction at {at} after one at {previous}");
+        }
     }
 }
 
@@ -467,7 +475,7 @@ fn random_histories_match_the_twin() {
         Some(seed) => (seed, 1),
         None => (1, setting("MVCC_HISTORIES").unwrap_or(40)),
     };
-    let mut sums = [0; 4];
+    let mut sums = [0; 5];
     for seed in first..first + count {
         let result = std::panic::catch_unwind(|| {
             let mut run = Run::new(seed);
@@ -475,7 +483,8 @@ fn random_histories_match_the_twin() {
                 run.step();
             }
             run.settle();
-            [run.twin.revision(), run.twin.compacted.max(0), run.superseded, run.restarts]
+            let hashes = run.rig.hashes.len() as i64;
+            [run.twin.revision(), run.twin.compacted.max(0), run.superseded, run.restarts, hashes]
         });
         match result {
             Ok(of_one) => {
@@ -492,11 +501,12 @@ fn random_histories_match_the_twin() {
     }
     // What the histories are meant to meet, they have met.
     if count >= 20 {
-        let [revisions, compacted, superseded, restarts] = sums;
+        let [revisions, compacted, superseded, restarts, hashes] = sums;
         let each = |sum: i64, least: i64| assert!(sum >= least * count as i64, "{sums:?}");
         each(revisions, 60);
         each(compacted, 40);
         each(restarts, 4);
+        each(hashes, 4);
         assert!(superseded > 0, "no held snapshot ever lost a value");
     }
 }

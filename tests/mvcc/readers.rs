@@ -101,7 +101,7 @@ fn write(shared: &Shared, requests: &[Request], rng: &mut Rng) {
             }
             drop(values);
             publish(&machine);
-            compactions.extend(effects.compacted.map(Compaction::new));
+            compactions.extend(effects.compactions.iter().map(|made| Compaction::new(made.at)));
 
             if let Some(compaction) = compactions.first_mut() {
                 let (store, batch) = machine.maintenance();

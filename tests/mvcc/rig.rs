@@ -9,7 +9,8 @@ use quorate::core::apply::{Effects, Fatal, Machine, Outcome};
 use quorate::core::command::{Command, Request};
 use quorate::core::membership::{Membership, Version};
 use quorate::core::mvcc::Values;
-use quorate::core::mvcc::compact::{Compaction, Sliced};
+use quorate::core::mvcc::compact::{Compaction, Scheduled, Sliced};
+use quorate::core::mvcc::hash::{KvHash, KvHasher};
 use quorate::core::quota::Quota;
 use quorate::core::types::{ClusterId, MemberId};
 use quorate_proto::raftpb;
@@ -36,6 +37,13 @@ pub fn entry(index: u64, request: Request) -> raftpb::Entry {
     }
 }
 
+/// A compaction to do.
+pub struct Due {
+    pub compaction: Compaction,
+    /// What is to be hashed first, and how far that is; `None` when it is done, or cannot be.
+    hash: Option<(Scheduled, Option<KvHasher>)>,
+}
+
 /// One member's state machine, its log and its engine.
 pub struct Rig {
     pub machine: Machine,
@@ -46,7 +54,9 @@ pub struct Rig {
     /// What the committer has been handed and not committed.
     in_flight: Option<Batch>,
     /// Compactions whose superseded revisions are not all dropped, the first one under way.
-    pub compactions: Vec<Compaction>,
+    pub compactions: Vec<Due>,
+    /// What compactions were hashed to before their first slice.
+    pub hashes: Vec<KvHash>,
     pub quota: Quota,
 }
 
@@ -59,6 +69,7 @@ impl Rig {
             batches: Vec::new(),
             in_flight: None,
             compactions: Vec::new(),
+            hashes: Vec::new(),
             quota: Quota(None),
         }
     }
@@ -90,9 +101,12 @@ impl Rig {
             || self.engine.size().unwrap(),
             &mut effects,
         );
-        if let Some(at) = effects.compacted {
-            self.compactions.push(Compaction::new(at));
-        }
+        self.compactions.extend(
+            effects.compactions.iter().map(|made| Due {
+                compaction: Compaction::new(made.at),
+                hash: Some((*made, None)),
+            }),
+        );
         (outcome, effects)
     }
 
@@ -120,11 +134,27 @@ impl Rig {
         self.commit();
     }
 
-    /// Does a piece of the compaction under way.
+    /// Hashes about `entries` more of what the compaction under way covers; answers false if there is
+    /// nothing to hash.
+    pub fn hash_compaction(&mut self, entries: usize) -> bool {
+        let Some(due) = self.compactions.first_mut() else { return false };
+        let Some((Scheduled { at, previous }, begun)) = due.hash.take() else { return false };
+        let now = self.machine.store.now();
+        let mut hasher = begun.unwrap_or_else(|| KvHasher::of_compaction(now, at, previous));
+        let view = self.engine.view().unwrap();
+        match hasher.slice(now, &*view, entries).unwrap() {
+            Some(hash) => self.hashes.push(hash),
+            None => due.hash = Some((Scheduled { at, previous }, Some(hasher))),
+        }
+        true
+    }
+
+    /// Does a piece of the compaction under way, once it is hashed.
     pub fn slice(&mut self, keys: usize, limit: usize) -> Option<Sliced> {
-        let compaction = self.compactions.first_mut()?;
+        while self.hash_compaction(usize::MAX) {}
+        let due = self.compactions.first_mut()?;
         let (store, batch) = self.machine.maintenance();
-        let sliced = compaction.slice(store, batch, keys, limit);
+        let sliced = due.compaction.slice(store, batch, keys, limit);
         if sliced.done {
             self.compactions.remove(0);
         }
@@ -146,7 +176,8 @@ impl Rig {
         assert_eq!(restored.orphans, 0, "a key outlived its lease");
         drop(view);
         self.machine = restored.machine;
-        self.compactions = restored.unfinished.into_iter().map(Compaction::new).collect();
+        let unfinished = restored.unfinished.into_iter().map(Compaction::new);
+        self.compactions = unfinished.map(|compaction| Due { compaction, hash: None }).collect();
     }
 
     /// Every row of the engine's `key` table.

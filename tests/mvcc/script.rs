@@ -470,8 +470,8 @@ impl Script {
                 write!(out, "applied={}", machine.applied()).unwrap();
                 write!(out, " rev={}", machine.store.now().revision()).unwrap();
                 write!(out, " compacted={}", machine.store.now().compact_revision()).unwrap();
-                for compaction in &self.rig.compactions {
-                    write!(out, " unfinished={}", compaction.at()).unwrap();
+                for due in &self.rig.compactions {
+                    write!(out, " unfinished={}", due.compaction.at()).unwrap();
                 }
                 out.push('\n');
             }

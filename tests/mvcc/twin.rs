@@ -461,12 +461,17 @@ impl Twin {
     /// `HashKV` (formats-and-peers 3.5) under a compaction at `compacted`, as if all that it
     /// supersedes were gone.
     pub fn hash(&self, at: i64, compacted: i64) -> u32 {
-        let mut keep: BTreeSet<Revision> = self
-            .kept(at)
-            .into_iter()
-            .filter(|(_, tombstone)| !tombstone)
-            .map(|(revision, _)| revision)
-            .collect();
+        let kept = self.kept(at).into_iter().filter(|(_, tombstone)| !tombstone);
+        self.hash_keeping(kept.map(|(revision, _)| revision).collect(), at, compacted)
+    }
+
+    /// The hash that a compaction at `at` leaves behind, the one before it having been at `previous`.
+    pub fn compaction_hash(&self, at: i64, previous: i64) -> u32 {
+        let kept = self.kept(at).into_iter().map(|(revision, _)| revision).collect();
+        self.hash_keeping(kept, at, previous)
+    }
+
+    fn hash_keeping(&self, mut keep: BTreeSet<Revision>, at: i64, compacted: i64) -> u32 {
         if keep.is_empty() {
             keep = self.kept(compacted).into_iter().map(|(revision, _)| revision).collect();
         }

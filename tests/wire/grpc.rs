@@ -2,7 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{BufMut, Bytes, BytesMut};
 use flate2::Compression;
@@ -10,6 +10,7 @@ use flate2::write::GzEncoder;
 use http::{HeaderMap, Request, StatusCode};
 use prost::Message;
 use quorate_proto::etcdserverpb as pb;
+use quorate_proto::etcdserverpb::watch_request::RequestUnion;
 use quorate_proto::health as healthpb;
 use quorate_proto::health::health_check_response::ServingStatus;
 use tonic::Code;
@@ -221,6 +222,56 @@ async fn metadata() {
     watching.created(all()).await;
     let at = member.api().put("k", "v").await;
     assert_eq!(revision(watching.next().await.header), at);
+}
+
+/// A call with a deadline is given up when it passes, and one with a deadline that cannot be read is
+/// not begun.
+#[tokio::test]
+async fn deadlines() {
+    // A compaction that a client waits for takes hours here.
+    let flags = ["--compaction-batch-limit=1", "--compaction-sleep-interval=1h"];
+    let member = Member::with_flags(Kind::Memory, &flags).await;
+    let mut api = member.api();
+    for key in ["a", "b", "a", "b"] {
+        api.put(key, "v").await;
+    }
+    let ask = async |path: &str, timeout: &str, message: &[u8]| {
+        let started = Instant::now();
+        let request = call(&member, path).header("grpc-timeout", timeout);
+        (raw(&member, request, frame(false, message)).await, started.elapsed())
+    };
+    let message = get("a").encode_to_vec();
+    let (answer, _) = ask(RANGE, "99999999H", &message).await;
+    assert_eq!((answer.status, answer.said()), (StatusCode::OK, (Code::Ok, String::new())));
+    for (timeout, what) in [
+        ("5s", "transport: timeout unit is not recognized: \"5s\""),
+        ("S", "transport: timeout string is too short: \"S\""),
+        ("123456789S", "transport: timeout string is too long: \"123456789S\""),
+        ("-5S", "strconv.ParseUint: parsing \"-5\": invalid syntax"),
+    ] {
+        let (answer, _) = ask(RANGE, timeout, &message).await;
+        assert_eq!(answer.status, StatusCode::BAD_REQUEST, "{timeout}");
+        assert_eq!(answer.said(), (Code::Internal, format!("malformed grpc-timeout: {what}")));
+    }
+
+    let exceeded = (Code::DeadlineExceeded, "context deadline exceeded".to_string());
+    let waited = |took: Duration| assert!(took >= Duration::from_millis(300), "{took:?}");
+    let compaction = pb::CompactionRequest { revision: 5, physical: true };
+    let path = "/etcdserverpb.KV/Compact";
+    let (answer, took) = ask(path, "300m", &compaction.encode_to_vec()).await;
+    assert_eq!((answer.status, answer.said()), (StatusCode::OK, exceeded.clone()));
+    waited(took);
+    let again = pb::CompactionRequest { physical: false, ..compaction };
+    let (answer, _) = ask(path, "5S", &again.encode_to_vec()).await;
+    assert_eq!(answer.said().0, Code::OutOfRange, "given up, but done");
+
+    let request = Some(RequestUnion::CreateRequest(all()));
+    let watch = pb::WatchRequest { request_union: request }.encode_to_vec();
+    let (answer, took) = ask("/etcdserverpb.Watch/Watch", "300000u", &watch).await;
+    let created = pb::WatchResponse::decode(&answer.body[5..]).unwrap();
+    assert!(created.created, "{created:?}");
+    assert_eq!((answer.status, answer.said()), (StatusCode::OK, exceeded));
+    waited(took);
 }
 
 fn all() -> pb::WatchCreateRequest {

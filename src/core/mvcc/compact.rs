@@ -19,20 +19,29 @@ pub const SCHEDULED: &[u8] = b"scheduledCompactRev";
 /// Set when everything superseded is gone.
 pub const FINISHED: &[u8] = b"finishedCompactRev";
 
+/// A compaction that has taken effect.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Scheduled {
+    pub at: i64,
+    /// The compact revision before it; -1 for none.
+    pub previous: i64,
+}
+
 impl Store {
     /// Makes revisions below `at` unreadable.
     ///
     /// # Errors
     /// `Compacted` if that is so already, `Future` if `at` is not reached.
-    pub fn compact(&mut self, at: i64) -> Result<(), ReadError> {
-        if at <= self.now.compact_revision {
-            return Err(ReadError::Compacted { asked: at, compacted: self.now.compact_revision });
+    pub fn compact(&mut self, at: i64) -> Result<Scheduled, ReadError> {
+        let previous = self.now.compact_revision;
+        if at <= previous {
+            return Err(ReadError::Compacted { asked: at, compacted: previous });
         }
         if at > self.now.revision {
             return Err(ReadError::Future { asked: at, current: self.now.revision });
         }
         self.now.compact_revision = at;
-        Ok(())
+        Ok(Scheduled { at, previous })
     }
 }
 

@@ -1,11 +1,8 @@
 //! Hashes that are equal on all members and equal to etcd's (formats-and-peers 3.5, v3-api 3.11).
 
-use std::collections::HashSet;
-use std::hash::BuildHasherDefault;
 use std::ops::{Bound, ControlFlow};
 
 use engine_api::{EngineError, Table, View};
-use rustc_hash::FxHasher;
 
 use super::keyspace::revision_key;
 use super::{ReadError, Snapshot};
@@ -19,6 +16,108 @@ pub struct KvHash {
     pub compact_revision: i64,
     /// The revision that was hashed.
     pub revision: i64,
+}
+
+/// Which of a key's revisions counts as the one that a compaction leaves of it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Keep {
+    /// What `HashKV` keeps: a tombstone that closes a generation is not kept.
+    Alive,
+    /// What the deletion itself keeps.
+    Physical,
+}
+
+/// A hash under way: entries up to `at`, without those that the compaction at `compacted` has
+/// superseded. It takes any number of slices, as long as no later compaction deletes anything meanwhile.
+#[derive(Debug)]
+pub struct KvHasher {
+    at: i64,
+    compacted: i64,
+    /// Ascending: the revisions up to `compacted` that are not superseded.
+    kept: Vec<Revision>,
+    /// Those of `kept` that are passed.
+    passed: usize,
+    /// The main revision that the next slice begins with.
+    next: i64,
+    hash: u32,
+}
+
+impl KvHasher {
+    fn new(now: &Snapshot, at: i64, compacted: i64, keep: Keep) -> Self {
+        let mut any = false;
+        let mut kept = Vec::new();
+        for history in now.index.values() {
+            let revision = match keep {
+                Keep::Alive => history.kept_for_hash(at),
+                Keep::Physical => history.kept(at),
+            };
+            any |= revision.is_some();
+            kept.extend(revision.filter(|revision| revision.main <= compacted));
+        }
+        if !any {
+            // Nothing is kept at `at`. etcd then hashes all that is stored, so its answer changes when
+            // a compaction's deletions reach the disk; this is the one that it comes to in the end.
+            let left = now.index.values().filter_map(|history| history.kept(compacted));
+            kept.extend(left.filter(|revision| revision.main <= compacted));
+        }
+        kept.sort_unstable();
+        let hash = crc32c::crc32c(Table::Key.name().as_bytes());
+        KvHasher { at, compacted, kept, passed: 0, next: 0, hash }
+    }
+
+    /// The hash that a compaction at `at` leaves behind, `previous` being the compact revision before
+    /// it (-1 for none). Everything that the one before superseded has been dropped from `now`, and
+    /// nothing of what this one supersedes: so `now` is newer than the former and older than the latter,
+    /// and so are those that the slices are given.
+    pub fn of_compaction(now: &Snapshot, at: i64, previous: i64) -> Self {
+        KvHasher::new(now, at, previous, Keep::Physical)
+    }
+
+    /// Hashes about `entries` more; answers the hash when there are no more.
+    ///
+    /// # Errors
+    /// `Storage`, `Damaged`.
+    pub fn slice(
+        &mut self,
+        now: &Snapshot,
+        view: &dyn View,
+        entries: usize,
+    ) -> Result<Option<KvHash>, ReadError> {
+        let (from, at) = (self.next, self.at);
+        let (mut seen, mut main) = (0, from);
+        let mut stopped = false;
+        now.changes(view, from, at, &mut |revision, tombstone, value| {
+            // A transaction is not cut in two: a slice begins with a main revision.
+            if seen >= entries && revision.main > main {
+                self.next = revision.main;
+                stopped = true;
+                return ControlFlow::Break(());
+            }
+            seen += 1;
+            main = revision.main;
+            self.add(revision, tombstone, value);
+            ControlFlow::Continue(())
+        })?;
+        Ok((!stopped).then_some(KvHash {
+            hash: self.hash,
+            compact_revision: self.compacted,
+            revision: self.at,
+        }))
+    }
+
+    fn add(&mut self, revision: Revision, tombstone: bool, value: &[u8]) {
+        if revision.main <= self.compacted {
+            while self.kept.get(self.passed).is_some_and(|kept| *kept < revision) {
+                self.passed += 1;
+            }
+            let superseded = self.kept.get(self.passed) != Some(&revision);
+            if superseded || (revision.main == self.compacted && tombstone) {
+                return;
+            }
+        }
+        self.hash = crc32c::crc32c_append(self.hash, &revision_key(revision, tombstone));
+        self.hash = crc32c::crc32c_append(self.hash, value);
+    }
 }
 
 impl Snapshot {
@@ -37,28 +136,45 @@ impl Snapshot {
             let hash = crc32c::crc32c(Table::Key.name().as_bytes());
             return Ok(KvHash { hash, compact_revision: compacted, revision: at });
         }
-        let mut kept: HashSet<Revision, BuildHasherDefault<FxHasher>> = HashSet::default();
-        for history in self.index.values() {
-            kept.extend(history.kept_for_hash(at));
+        let mut hasher = KvHasher::new(self, at, compacted, Keep::Alive);
+        let hash = hasher.slice(self, view, usize::MAX)?;
+        Ok(hash.expect("a slice without bound is the whole"))
+    }
+}
+
+/// Compaction hashes remembered at most: as many as etcd's leader compares.
+const COMPACTION_HASHES_MAX: usize = 10;
+
+/// The hashes of the newest compactions. A member answers with them for exactly their revision, so
+/// that members which compact at different times can still be compared.
+#[derive(Clone, Default, Debug)]
+pub struct CompactionHashes {
+    /// By ascending revision.
+    hashes: Vec<KvHash>,
+}
+
+impl CompactionHashes {
+    /// Remembers a hash, and forgets the oldest beyond ten.
+    pub fn record(&mut self, hash: KvHash) {
+        let place = self.hashes.partition_point(|known| known.revision < hash.revision);
+        self.hashes.insert(place, hash);
+        if self.hashes.len() > COMPACTION_HASHES_MAX {
+            self.hashes.remove(0);
         }
-        if kept.is_empty() {
-            // No key is alive at `at`. etcd then hashes all that is stored, so its answer changes when
-            // a compaction's deletions reach the disk; this is the one that it comes to in the end.
-            for history in self.index.values() {
-                kept.extend(history.kept(compacted));
-            }
+    }
+
+    /// The hash of the compaction at exactly this revision. A compaction at 0 is none to ask for: 0
+    /// stands for the current revision.
+    pub fn get(&self, revision: i64) -> Option<KvHash> {
+        if revision == 0 {
+            return None;
         }
-        let mut hash = crc32c::crc32c(Table::Key.name().as_bytes());
-        self.changes(view, 0, at, &mut |revision, tombstone, value| {
-            let superseded = revision.main <= compacted && !kept.contains(&revision);
-            let closing = revision.main == compacted && tombstone;
-            if !superseded && !closing {
-                hash = crc32c::crc32c_append(hash, &revision_key(revision, tombstone));
-                hash = crc32c::crc32c_append(hash, value);
-            }
-            ControlFlow::Continue(())
-        })?;
-        Ok(KvHash { hash, compact_revision: compacted, revision: at })
+        self.hashes.iter().find(|hash| hash.revision == revision).copied()
+    }
+
+    /// All of them, the newest first.
+    pub fn newest_first(&self) -> impl Iterator<Item = KvHash> + '_ {
+        self.hashes.iter().rev().copied()
     }
 }
 
@@ -82,4 +198,26 @@ pub fn hash_all(view: &dyn View) -> Result<u32, EngineError> {
         })?;
     }
     Ok(hash)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_ten_newest_hashes_are_remembered() {
+        let mut hashes = CompactionHashes::default();
+        assert_eq!(hashes.get(1), None);
+        let hash = |revision| KvHash { hash: 1, compact_revision: revision - 1, revision };
+        // In the order in which they come, whatever that is.
+        for revision in [3, 0, 1, 2].into_iter().chain(4..=12) {
+            hashes.record(hash(revision));
+        }
+        let revisions: Vec<i64> = hashes.newest_first().map(|hash| hash.revision).collect();
+        assert_eq!(revisions, (3..=12).rev().collect::<Vec<_>>());
+        assert_eq!(hashes.get(0), None);
+        assert_eq!(hashes.get(3), Some(hash(3)));
+        assert_eq!(hashes.get(2), None);
+        assert_eq!(hashes.get(13), None);
+    }
 }

@@ -10,6 +10,7 @@ use quorate_proto::health as pb;
 use quorate_proto::health::health_check_response::ServingStatus;
 use tonic::{Request, Response, Status};
 
+use super::deadline::Deadline;
 use super::{Counted, Reply};
 use crate::metrics::Method;
 use crate::transport::member::Member;
@@ -73,6 +74,7 @@ impl pb::health_server::Health for Health {
         request: Request<pb::HealthCheckRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let call = self.member.open_stream(Method::HealthWatch, request.metadata(), false)?;
+        let deadline = Deadline::of(request.metadata());
         let request = request.into_inner();
         call.received(request.encoded_len());
         let unknown = !request.service.is_empty();
@@ -90,6 +92,6 @@ impl pb::health_server::Health for Health {
                 }
             }
         });
-        Ok(Response::new(Box::pin(Counted::new(Box::pin(states), call))))
+        Ok(Response::new(Box::pin(Counted::new(Box::pin(states), deadline, call))))
     }
 }

@@ -11,6 +11,7 @@ use quorate_proto::etcdserverpb::range_request::{SortOrder, SortTarget};
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
 
+use super::deadline::{self, Deadline, within};
 use super::{Counted, Ending, Reply};
 use crate::actors::compactor::AwaitCompaction;
 use crate::actors::raft::RequestError;
@@ -299,9 +300,11 @@ impl pb::kv_server::Kv for Kv {
     ) -> Result<Response<Self::RangeStreamStream>, Status> {
         let call = self.0.open_stream(Method::RangeStream, request.metadata(), false)?;
         let leaderless = self.0.stream_leaderless(request.metadata());
+        let timeout = deadline::timeout(request.metadata());
+        let deadline = Deadline::of(request.metadata());
         let request = request.into_inner();
         call.received(request.encoded_len());
-        match self.start_range_stream(request).await {
+        match within(timeout, self.start_range_stream(request)).await {
             Ok(chunks) => {
                 let stream = stream::unfold(chunks, |mut chunks| {
                     let next = chunks.next();
@@ -309,7 +312,7 @@ impl pb::kv_server::Kv for Kv {
                     std::future::ready(next.transpose().map(|item| (item, chunks)))
                 });
                 let stream = Ending::new(stream, leaderless);
-                Ok(Response::new(Box::pin(Counted::new(stream, call))))
+                Ok(Response::new(Box::pin(Counted::new(stream, deadline, call))))
             }
             Err(status) => {
                 call.finish(status.code());

@@ -8,6 +8,7 @@ use prost::Message as _;
 use quorate_proto::etcdserverpb as pb;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::deadline::Deadline;
 use super::{Counted, Reply};
 use crate::actors::lease::ListLeases;
 use crate::core::apply::Reply as Applied;
@@ -153,6 +154,7 @@ impl pb::lease_server::Lease for Lease {
     ) -> Result<Response<Self::LeaseKeepAliveStream>, Status> {
         let call = self.0.open_stream(Method::LeaseKeepAlive, request.metadata(), false)?;
         let end = Box::pin(self.0.stream_end(request.metadata()));
+        let deadline = Deadline::of(request.metadata());
         let state = KeepAlives {
             lease: self.clone(),
             received: call.receiver(),
@@ -167,7 +169,7 @@ impl pb::lease_server::Lease for Lease {
             state.ended = !matches!(next, Ok(Some(_)));
             next.transpose().map(|item| (item, state))
         });
-        Ok(Response::new(Box::pin(Counted::new(Box::pin(replies), call))))
+        Ok(Response::new(Box::pin(Counted::new(Box::pin(replies), deadline, call))))
     }
 
     async fn lease_time_to_live(

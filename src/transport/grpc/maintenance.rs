@@ -16,7 +16,8 @@ use quorate_proto::etcdserverpb::downgrade_request::DowngradeAction;
 use tokio::sync::{mpsc, oneshot};
 use tonic::{Request, Response, Status};
 
-use super::{Counted, Ending, Reply, client_timeout};
+use super::deadline::{self, Deadline};
+use super::{Counted, Ending, Reply};
 use crate::actors::applier::Checkpoint;
 use crate::actors::export::{For, write_bbolt};
 use crate::config::duration::GoDuration;
@@ -109,7 +110,10 @@ impl Maintenance {
             member.metrics.defrag_inflight.set(1.0);
             let started = Instant::now();
             tracing::info!("starting defragment");
-            let result = member.shared.published.load_full().engine.reclaim();
+            let result = {
+                let _alone = member.shared.reclaiming.lock();
+                member.shared.published.load_full().engine.reclaim()
+            };
             let took = started.elapsed();
             member.metrics.backend_defrag_seconds.record(took);
             member.metrics.defrag_inflight.set(0.0);
@@ -354,6 +358,7 @@ impl pb::maintenance_server::Maintenance for Maintenance {
     ) -> Result<Response<Self::SnapshotStream>, Status> {
         let call = self.member.open_stream(Method::Snapshot, request.metadata(), true)?;
         let leaderless = self.member.stream_leaderless(request.metadata());
+        let deadline = Deadline::of(request.metadata());
         call.received(request.get_ref().encoded_len());
         let (sender, receiver) = mpsc::channel(CHUNKS_AHEAD);
         let this = self.clone();
@@ -367,14 +372,14 @@ impl pb::maintenance_server::Maintenance for Maintenance {
             receiver.recv().await.map(|item| (item, receiver))
         });
         let replies = Ending::new(Box::pin(replies), leaderless);
-        Ok(Response::new(Box::pin(Counted::new(replies, call))))
+        Ok(Response::new(Box::pin(Counted::new(replies, deadline, call))))
     }
 
     async fn move_leader(
         &self,
         request: Request<pb::MoveLeaderRequest>,
     ) -> Result<Response<pb::MoveLeaderResponse>, Status> {
-        let timeout = client_timeout(request.metadata());
+        let timeout = deadline::timeout(request.metadata());
         let run = |r| Maintenance::move_leader(self.clone(), r, timeout);
         self.member.unary(Method::MoveLeader, |_| false, request, run).await
     }

@@ -2,6 +2,7 @@
 
 pub mod auth;
 pub mod cluster;
+pub mod deadline;
 pub mod health;
 pub mod kv;
 pub mod lease;
@@ -11,7 +12,7 @@ pub mod watch;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use futures_util::Stream;
 use futures_util::future::BoxFuture;
@@ -19,6 +20,7 @@ use prost::Message;
 use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status};
 
+use self::deadline::{Deadline, within};
 use crate::config::duration::GoDuration;
 use crate::metrics::{GrpcCall, Method, Metrics};
 use crate::transport::member::Member;
@@ -80,7 +82,7 @@ impl Member {
         let (metadata, _, body) = request.into_parts();
         call.received(body.encoded_len());
         let result = match admit(self, &metadata, on_learner(&body), false) {
-            Ok(()) => run(body).await,
+            Ok(()) => within(deadline::timeout(&metadata), run(body)).await,
             Err(status) => Err(status),
         };
         let took = started.elapsed();
@@ -193,35 +195,19 @@ impl<T, S: Stream<Item = Result<T, Status>> + Unpin> Stream for Ending<S> {
     }
 }
 
-/// How long the client will wait for an answer, as `grpc-timeout` says: up to 8 digits and a unit.
-fn client_timeout(metadata: &MetadataMap) -> Option<Duration> {
-    let text = metadata.get("grpc-timeout")?.to_str().ok()?;
-    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
-    if digits.len() > 8 || !digits.bytes().all(|digit| digit.is_ascii_digit()) {
-        return None;
-    }
-    let count: u64 = digits.parse().ok()?;
-    Some(match unit {
-        "H" => Duration::from_secs(count * 3600),
-        "M" => Duration::from_secs(count * 60),
-        "S" => Duration::from_secs(count),
-        "m" => Duration::from_millis(count),
-        "u" => Duration::from_micros(count),
-        "n" => Duration::from_nanos(count),
-        _ => return None,
-    })
-}
-
-/// A response stream that counts what it sends and ends the call with its last item.
+/// A response stream that counts what it sends and ends the call with its last item, or at the
+/// client's deadline.
 struct Counted<S> {
-    inner: S,
+    /// `None` once the deadline has passed.
+    inner: Option<S>,
+    deadline: Deadline,
     call: Option<GrpcCall>,
     metrics: &'static Metrics,
 }
 
 impl<S> Counted<S> {
-    fn new(inner: S, call: GrpcCall) -> Self {
-        Counted { inner, call: Some(call), metrics: Metrics::global() }
+    fn new(inner: S, deadline: Deadline, call: GrpcCall) -> Self {
+        Counted { inner: Some(inner), deadline, call: Some(call), metrics: Metrics::global() }
     }
 }
 
@@ -229,7 +215,16 @@ impl<T: Message, S: Stream<Item = Result<T, Status>> + Unpin> Stream for Counted
     type Item = Result<T, Status>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let next = std::task::ready!(Pin::new(&mut self.inner).poll_next(cx));
+        // Whatever could still be sent, nobody waits for it.
+        let passed = self.deadline.has_passed(cx);
+        let next = match &mut self.inner {
+            Some(_) if passed => {
+                self.inner = None;
+                Some(Err(status::deadline_exceeded()))
+            }
+            Some(inner) => std::task::ready!(Pin::new(inner).poll_next(cx)),
+            None => None,
+        };
         if let Some(Ok(message)) = &next {
             if let Some(call) = &self.call {
                 call.sent(message.encoded_len());
@@ -257,6 +252,8 @@ impl<T: Message, S: Stream<Item = Result<T, Status>> + Unpin> Stream for Counted
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
     use crate::core::apply::Machine;
     use crate::core::membership::{Member as Record, Membership, Version};
@@ -274,29 +271,6 @@ mod tests {
         let mut metadata = MetadataMap::new();
         metadata.insert("hasleader", "true".parse().unwrap());
         metadata
-    }
-
-    #[test]
-    fn timeouts_are_read_as_grpc_writes_them() {
-        for (text, timeout) in [
-            ("5S", Some(Duration::from_secs(5))),
-            ("2H", Some(Duration::from_secs(7200))),
-            ("3M", Some(Duration::from_secs(180))),
-            ("99999999m", Some(Duration::from_millis(99_999_999))),
-            ("7u", Some(Duration::from_micros(7))),
-            ("1n", Some(Duration::from_nanos(1))),
-            ("100000000m", None),
-            ("S", None),
-            ("", None),
-            ("5", None),
-            ("+5S", None),
-            ("5s", None),
-        ] {
-            let mut metadata = MetadataMap::new();
-            metadata.insert("grpc-timeout", text.parse().unwrap());
-            assert_eq!(client_timeout(&metadata), timeout, "{text:?}");
-        }
-        assert_eq!(client_timeout(&MetadataMap::new()), None);
     }
 
     #[test]

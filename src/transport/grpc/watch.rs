@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tonic::{Request, Response, Status, Streaming};
 
+use super::deadline::Deadline;
 use super::{Counted, Reply};
 use crate::actors::watch::{Ask, Close, Delivered, HasRoom, Open};
 use crate::core::watch::StreamId;
@@ -96,6 +97,7 @@ impl pb::watch_server::Watch for Watch {
         let member = self.0.clone();
         let call = member.open_stream(Method::Watch, request.metadata(), false)?;
         let end = Box::pin(member.stream_end(request.metadata()));
+        let deadline = Deadline::of(request.metadata());
         let stream = StreamId(member.next_stream.fetch_add(1, Ordering::Relaxed));
         let (sender, responses) = mpsc::unbounded_channel();
         member.watch.do_send(Open { stream, responses: sender });
@@ -127,6 +129,6 @@ impl pb::watch_server::Watch for Watch {
             reader: reader.abort_handle(),
             ended: false,
         };
-        Ok(Response::new(Box::pin(Counted::new(responses, call))))
+        Ok(Response::new(Box::pin(Counted::new(responses, deadline, call))))
     }
 }

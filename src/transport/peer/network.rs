@@ -18,7 +18,8 @@ use quorate_proto::raftpb::Message as RaftMessage;
 use tokio::sync::mpsc;
 
 use super::client::Dialer;
-use super::peer::{self, Close, Deliver, Peer, Urls};
+use super::peer::{self, Close, Deliver, Peer, PeerStatus, Urls};
+use super::snapshot::Snapshots;
 use super::stream::Outlet;
 use crate::actors::exit::Exit;
 use crate::actors::peers::{Liveness, Members, Send};
@@ -105,6 +106,7 @@ pub struct Net {
     pub metrics: &'static Metrics,
     /// The members as of the last applied change.
     pub members: ArcSwap<Membership>,
+    pub snapshots: Snapshots,
     headers: Vec<(&'static str, String)>,
     head_lines: String,
 }
@@ -119,6 +121,7 @@ pub struct Links {
     pub liveness: Arc<Liveness>,
     pub exit: Exit,
     pub metrics: &'static Metrics,
+    pub snapshots: Snapshots,
     /// The members at start.
     pub members: Arc<Membership>,
 }
@@ -144,6 +147,7 @@ impl Net {
             exit: links.exit,
             metrics: links.metrics,
             members: ArcSwap::new(links.members),
+            snapshots: links.snapshots,
             head_lines: lines.collect(),
             headers,
         })
@@ -270,6 +274,11 @@ pub struct Learn {
     pub from: MemberId,
     pub urls: String,
 }
+
+/// What is known of a member's connections; `None` for one that is not known at all.
+#[derive(Message)]
+#[rtype(result = "Option<PeerStatus>")]
+pub struct GetPeer(pub MemberId);
 
 /// Owns the peers.
 pub struct Network {
@@ -408,6 +417,15 @@ impl Handler<Attach> for Network {
                 Attached::Yes
             }
         })
+    }
+}
+
+impl Handler<GetPeer> for Network {
+    type Result = ResponseFuture<Option<PeerStatus>>;
+
+    fn handle(&mut self, GetPeer(id): GetPeer, _: &mut Self::Context) -> Self::Result {
+        let asked = self.peers.get(&id).map(|peer| peer.send(peer::GetStatus));
+        Box::pin(async move { asked?.await.ok() })
     }
 }
 

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use actix::prelude::*;
 use axum::body::Body;
 use bytes::Bytes;
-use http::{Request, StatusCode, header};
+use http::{Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
 use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
 use prost::Message as _;
@@ -70,8 +71,20 @@ impl Connection {
         Ok(Connection { sender, _driver: driver, used: Instant::now() })
     }
 
-    fn is_fresh(&self) -> bool {
+    /// Whether it can be used again.
+    pub fn is_fresh(&self) -> bool {
         !self.sender.is_closed() && self.used.elapsed() < IDLE_MAX
+    }
+
+    /// Sends `request` and waits for the head of the answer, without a limit of time.
+    ///
+    /// # Errors
+    /// `Http`.
+    pub async fn ask(&mut self, request: Request<Body>) -> Result<Response<Incoming>, PostError> {
+        self.sender.ready().await?;
+        let response = self.sender.send_request(request).await?;
+        self.used = Instant::now();
+        Ok(response)
     }
 
     /// Posts `body` and waits for the answer, without a limit of time.
@@ -92,11 +105,9 @@ impl Connection {
             .header(header::CONTENT_TYPE, content_type)
             .body(body)
             .expect("the headers of a member are valid");
-        self.sender.ready().await?;
-        let response = self.sender.send_request(request).await?;
+        let response = self.ask(request).await?;
         let status = response.status();
         let body = Limited::new(response.into_body(), ANSWER_MAX).collect().await;
-        self.used = Instant::now();
         if status == StatusCode::NO_CONTENT || status == StatusCode::OK {
             return Ok(());
         }
