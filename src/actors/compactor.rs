@@ -136,8 +136,12 @@ impl Compactor {
             return self.slice(true, ctx);
         };
         let scheduled = Scheduled { at, previous };
+        let store = self.store;
         let hashing = hash_in_slices(self.shared.clone(), scheduled, self.options).into_actor(self);
         ctx.spawn(hashing.map(move |hashed, this, ctx| {
+            if store != this.store {
+                return;
+            }
             match hashed {
                 Ok(None) => return,
                 Ok(Some(hash)) => {
@@ -324,7 +328,9 @@ impl Handler<StoreReplaced> for Compactor {
         self.store += 1;
         self.running = false;
         self.queue.clear();
-        self.queue.extend(replaced.unfinished);
+        self.queue.extend(replaced.unfinished.map(|at| Job { at, previous: None }));
+        // They were taken on the store before.
+        self.shared.compaction_hashes.store(Arc::default());
         if self.queue.is_empty() {
             self.finished = self.finished.max(replaced.compacted);
         }
