@@ -1072,20 +1072,26 @@ fn signal_name(signal: Signal) -> &'static str {
 
 /// Skips most of the first election timeout once more than one other member can be reached: enough is
 /// left of it to hear of a leader that there may be (operations 2.9). A member that is alone campaigns
-/// by itself.
+/// by itself, and one that has a leader needs none.
 async fn advance_ticks(member: Arc<Member>, raft: crate::config::Raft) {
     let election_ticks = raft.election_ticks();
-    if member.now().members.members().len() == 1 {
-        return;
-    }
     if !raft.initial_election_tick_advance {
         tracing::info!("election-ticks" = election_ticks, "skipping initial election tick advance");
         return;
     }
-    tracing::info!("election-ticks" = election_ticks, "starting initial election tick advance");
     let deadline = Instant::now() + raft.read_timeout;
+    let mut told = false;
     while Instant::now() < deadline {
         tokio::time::sleep(REACHABLE_POLL).await;
+        if member.now().members.members().len() == 1 || member.shared.leader().is_some() {
+            return;
+        }
+        if !std::mem::replace(&mut told, true) {
+            tracing::info!(
+                "election-ticks" = election_ticks,
+                "starting initial election tick advance"
+            );
+        }
         let active = member.shared.reachable.count();
         if active > 1 {
             let ticks = election_ticks.saturating_sub(2);
@@ -1174,5 +1180,100 @@ fn notify_ready() {
     match send() {
         Ok(()) => tracing::info!("notified systemd: ready"),
         Err(error) => tracing::warn!(%error, "failed to notify systemd for readiness"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quorate_proto::raftpb;
+
+    use super::*;
+    use crate::actors::rig::{CLUSTER, LOCAL, Rig, put, transfer};
+
+    /// A data directory whose log begins with a snapshot that was received, and goes on for an entry; and
+    /// the snapshot's index.
+    fn received(engine: EngineKind) -> (tempfile::TempDir, Config, SnapDir, u64) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = Config::default();
+        config.member.data_dir = dir.path().join("data");
+        config.storage.engine = engine;
+        let disk: SharedDisk = Arc::new(OsDisk);
+        let snapshots = SnapDir::open(disk.clone(), &config.member.snap_dir()).unwrap();
+        let snapshot = actix::System::new().block_on(async {
+            let mut rig = Rig::start(&dir.path().join("sender"), false);
+            rig.found();
+            rig.requests(vec![put("a", "1"), put("b", "2")]);
+            rig.applied().await;
+            transfer(&rig, &snapshots, dir.path()).await
+        });
+        snapshots.save(&snapshot).unwrap();
+        let raftpb::SnapshotMetadata { conf_state, index, term } = snapshot.metadata.unwrap();
+        let metadata = walpb::Metadata { node_id: Some(LOCAL), cluster_id: Some(CLUSTER) };
+        let mut log = WalLog::create(disk, &config.member.wal_dir(), &metadata).unwrap();
+        log.replace(&walpb::Snapshot { index: Some(index), term: Some(term), conf_state }).unwrap();
+        let entry = raftpb::Entry { term, index: index + 1, ..Default::default() };
+        let state = raftpb::HardState { term, vote: 0, commit: index };
+        log.append(&[entry], Some(&state)).unwrap();
+        log.close().unwrap();
+        (dir, config, snapshots, index)
+    }
+
+    fn read(config: &Config, snapshots: &SnapDir) -> Result<Found, StartError> {
+        read_directory(config, &(Arc::new(OsDisk) as SharedDisk), snapshots, None)
+    }
+
+    fn check(found: &Found, index: u64) {
+        assert_eq!(found.machine.applied(), Index(index));
+        assert_eq!(found.machine.store.now().live_keys(), 2);
+        assert_eq!(found.machine.members.local, MemberId(LOCAL));
+        assert_eq!(found.machine.members.cluster_id, ClusterId(CLUSTER));
+        assert_eq!((found.recovered.start.index(), found.recovered.entries.len()), (index, 1));
+        assert!(restore_node(&Config::default(), found).is_ok());
+    }
+
+    #[test]
+    fn a_start_installs_the_database_that_came_with_the_newest_snapshot() {
+        let (_dir, config, snapshots, index) = received(EngineKind::Redb);
+        // The engine as it was before: there, and empty.
+        let disk: SharedDisk = Arc::new(OsDisk);
+        drop(installer(&config, &disk, &snapshots).unwrap().open().unwrap());
+        check(&read(&config, &snapshots).unwrap(), index);
+        assert_eq!(snapshots.received_db(index).unwrap(), None, "the engine holds it");
+        check(&read(&config, &snapshots).unwrap(), index);
+    }
+
+    #[test]
+    fn a_start_that_finds_the_old_engine_out_of_the_way_installs_again() {
+        let (_dir, config, snapshots, index) = received(EngineKind::Redb);
+        let disk: SharedDisk = Arc::new(OsDisk);
+        drop(installer(&config, &disk, &snapshots).unwrap().open().unwrap());
+        let engine = engine_dir(&config).unwrap();
+        std::fs::rename(&engine, engine.with_file_name("engine-redb.replaced")).unwrap();
+        check(&read(&config, &snapshots).unwrap(), index);
+        assert!(!engine.with_file_name("engine-redb.replaced").exists());
+    }
+
+    #[test]
+    fn an_engine_in_memory_begins_with_the_received_database_each_time() {
+        let (_dir, config, snapshots, index) = received(EngineKind::Memory);
+        for _ in 0..2 {
+            check(&read(&config, &snapshots).unwrap(), index);
+            assert!(snapshots.received_db(index).unwrap().is_some());
+            snapshots.purge(1, index).unwrap();
+        }
+    }
+
+    #[test]
+    fn without_the_database_the_start_is_refused() {
+        let (_dir, config, snapshots, index) = received(EngineKind::Redb);
+        snapshots.release_dbs(index + 1).unwrap();
+        let refused = |what: &str| {
+            let error = read(&config, &snapshots).err().expect("refused").to_string();
+            assert!(error.contains(what), "{error}");
+        };
+        refused("of the backend is missing");
+        let disk: SharedDisk = Arc::new(OsDisk);
+        drop(installer(&config, &disk, &snapshots).unwrap().open().unwrap());
+        refused(&format!("index 0) does not match with snapshot (index {index})"));
     }
 }

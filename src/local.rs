@@ -304,8 +304,9 @@ impl fmt::Display for Table<'_> {
             let (name, url, dir) = (&member.name, &member.client_url, member.data_dir.display());
             writeln!(f, "{name:<9}  {url:<width$}  {pid:<8}  {dir}")?;
         }
-        let urls: Vec<&str> = self.layout.members.iter().map(|m| m.client_url.as_str()).collect();
-        writeln!(f, "\netcdctl --endpoints={} endpoint status -w table", urls.join(","))
+        let bare = |url: &str| url.trim_start_matches("http://").to_owned();
+        let ends: Vec<String> = self.layout.members.iter().map(|m| bare(&m.client_url)).collect();
+        writeln!(f, "\netcdctl --endpoints={} endpoint status -w table", ends.join(","))
     }
 }
 
@@ -597,8 +598,7 @@ mod tests {
              member-1   http://127.0.0.1:2379   17        quorate-local/member-1\n\
              member-2   http://127.0.0.1:22379  4711      quorate-local/member-2\n\
              \n\
-             etcdctl --endpoints=http://127.0.0.1:2379,http://127.0.0.1:22379 endpoint status -w \
-             table\n"
+             etcdctl --endpoints=127.0.0.1:2379,127.0.0.1:22379 endpoint status -w table\n"
         );
     }
 }

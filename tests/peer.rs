@@ -3,11 +3,14 @@
 
 use std::io::{Seek, Write};
 use std::net::SocketAddr;
+use std::ops::{self, ControlFlow};
 use std::pin::Pin;
+use std::process::{Child, Command as Process, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use actix::prelude::*;
+use futures_util::StreamExt;
 use quorate::actors::disk::OsDisk;
 use quorate::actors::exit::{Exit, Reason};
 use quorate::actors::export::{ExportError, Exported};
@@ -15,6 +18,8 @@ use quorate::actors::peers::{Liveness, Members, Send};
 use quorate::actors::raft::{SnapshotDone, Step, Unreachable};
 use quorate::actors::spawn::{Seat, arbiter};
 use quorate::config::Url;
+use quorate::core::bbolt::Reader;
+use quorate::core::command::{Command, Request};
 use quorate::core::membership::{Member as Record, Membership};
 use quorate::core::raft::{MSG_APP, MSG_HEARTBEAT, MSG_SNAP};
 use quorate::core::types::{ClusterId, MemberId};
@@ -24,11 +29,13 @@ use quorate::transport::listener::{self, Bound, Served, Workers};
 use quorate::transport::peer::network::{GetPeer, Links, Net, Network, Options, RaftLink};
 use quorate::transport::peer::server::{self, Door};
 use quorate::transport::peer::snapshot::{Export, Snapshots};
+use quorate_proto::etcdserverpb as pb;
 use quorate_proto::raftpb::{ConfState, Entry, Message as RaftMessage, Snapshot, SnapshotMetadata};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
+use tonic::transport::{Channel, Endpoint};
 
 /// Within this long whatever a test waits for must have happened.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -741,4 +748,304 @@ fn snapshots_that_are_not_in_order_are_refused_and_leave_nothing() {
         let path = node.dir.path().join("00000000000001f4.snap.db");
         assert_eq!(std::fs::read(path).unwrap(), b"database");
     });
+}
+
+/// A cluster of one real etcd. It ends with this value.
+struct Etcd {
+    child: Child,
+    _dir: TempDir,
+    client_url: String,
+    peer_url: String,
+}
+
+impl Drop for Etcd {
+    fn drop(&mut self) {
+        self.child.kill().ok();
+        self.child.wait().ok();
+    }
+}
+
+impl Etcd {
+    async fn start() -> Etcd {
+        for _ in 0..3 {
+            if let Some(etcd) = Etcd::try_start().await {
+                return etcd;
+            }
+        }
+        panic!("etcd did not start");
+    }
+
+    /// `None` if somebody took one of its ports meanwhile.
+    async fn try_start() -> Option<Etcd> {
+        let dir = TempDir::new().unwrap();
+        let (client_url, peer_url) = (nobody(), nobody());
+        let log = std::fs::File::create(dir.path().join("log")).unwrap();
+        let cluster = format!("real={peer_url}");
+        let mut command = Process::new("etcd");
+        command.arg("--data-dir").arg(dir.path().join("data")).args([
+            "--name",
+            "real",
+            "--listen-client-urls",
+            &client_url,
+            "--advertise-client-urls",
+            &client_url,
+            "--listen-peer-urls",
+            &peer_url,
+            "--initial-advertise-peer-urls",
+            &peer_url,
+            "--initial-cluster",
+            &cluster,
+            "--snapshot-count",
+            "100",
+            "--logger",
+            "zap",
+        ]);
+        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        let child = command.spawn().expect("etcd is installed");
+        let mut etcd = Etcd { child, _dir: dir, client_url, peer_url };
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let range = pb::RangeRequest { key: "k".into(), ..Default::default() };
+            if etcd.kv().range(range).await.is_ok() {
+                return Some(etcd);
+            }
+            if etcd.child.try_wait().unwrap().is_some() {
+                return None;
+            }
+            assert!(Instant::now() < deadline, "etcd does not answer");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    fn channel(&self) -> Channel {
+        Endpoint::from_shared(self.client_url.clone()).unwrap().timeout(PATIENCE).connect_lazy()
+    }
+
+    fn kv(&self) -> pb::kv_client::KvClient<Channel> {
+        pb::kv_client::KvClient::new(self.channel())
+    }
+
+    fn cluster(&self) -> pb::cluster_client::ClusterClient<Channel> {
+        pb::cluster_client::ClusterClient::new(self.channel())
+    }
+
+    /// Puts keys `0..count`, many at once.
+    async fn fill(&self, count: usize) {
+        let kv = self.kv();
+        let puts = futures_util::stream::iter(0..count).map(|n| {
+            let mut kv = kv.clone();
+            async move { kv.put(put(n)).await.unwrap() }
+        });
+        puts.buffer_unordered(256).for_each(|_| std::future::ready(())).await;
+    }
+
+    /// Puts the `n`-th key.
+    async fn fill_one(&self, n: usize) {
+        self.kv().put(put(n)).await.unwrap();
+    }
+
+    /// A node that was added to this cluster as a learner.
+    async fn joined(&self) -> (Node, MemberId) {
+        let (listener, url) = listening();
+        let add = pb::MemberAddRequest {
+            peer_ur_ls: vec![url.clone()],
+            is_learner: true,
+            ..Default::default()
+        };
+        let added = self.cluster().member_add(add).await.unwrap().into_inner();
+        let header = added.header.unwrap();
+        let (etcd, ours) = (header.member_id, added.member.unwrap().id);
+        let both = [(etcd, &*self.peer_url), (ours, &*url)];
+        let members = membership(ClusterId(header.cluster_id), ours, &both, &[]);
+        (Node::start(listener, members), MemberId(etcd))
+    }
+}
+
+/// The `n`-th key with its value.
+fn put(n: usize) -> pb::PutRequest {
+    pb::PutRequest {
+        key: format!("key {n}").into(),
+        value: format!("value {n}").into(),
+        ..Default::default()
+    }
+}
+
+const PROP: u32 = 2;
+const APP_RESP: u32 = 4;
+const HEARTBEAT_RESP: u32 = 9;
+
+/// As much of raft as a follower needs to be sent everything.
+#[derive(Default)]
+struct Follower {
+    entries: Vec<Entry>,
+    /// Where `entries` begin.
+    base: u64,
+    term: u64,
+    heartbeats: usize,
+    snapshot: Option<RaftMessage>,
+}
+
+impl Follower {
+    fn last(&self) -> u64 {
+        self.entries.last().map_or(self.base, |entry| entry.index)
+    }
+
+    /// Takes a message as a follower does, and answers what it answers.
+    fn step(&mut self, message: RaftMessage) -> Option<RaftMessage> {
+        assert!(message.term > 0);
+        self.term = message.term;
+        let answer = RaftMessage {
+            to: message.from,
+            from: message.to,
+            term: message.term,
+            ..RaftMessage::default()
+        };
+        match message.r#type {
+            MSG_HEARTBEAT => {
+                self.heartbeats += 1;
+                let context = message.context;
+                Some(RaftMessage { r#type: HEARTBEAT_RESP, context, ..answer })
+            }
+            MSG_APP if message.index > self.last() => Some(RaftMessage {
+                r#type: APP_RESP,
+                index: message.index,
+                reject: true,
+                reject_hint: self.last(),
+                ..answer
+            }),
+            MSG_APP => {
+                for (entry, expected) in message.entries.iter().zip(message.index + 1..) {
+                    assert_eq!(entry.index, expected);
+                    assert!((1..=message.term).contains(&entry.term));
+                }
+                let new: Vec<_> =
+                    message.entries.into_iter().filter(|entry| entry.index > self.last()).collect();
+                self.entries.extend(new);
+                Some(RaftMessage { r#type: APP_RESP, index: self.last(), ..answer })
+            }
+            MSG_SNAP => {
+                let metadata = message.snapshot.as_ref().unwrap().metadata.as_ref().unwrap();
+                self.base = metadata.index;
+                self.entries.clear();
+                self.snapshot = Some(message);
+                Some(RaftMessage { r#type: APP_RESP, index: self.base, ..answer })
+            }
+            _ => None,
+        }
+    }
+
+    /// Follows until `done`.
+    async fn follow(&mut self, node: &mut Node, mut done: impl FnMut(&Follower) -> bool) {
+        let deadline = Instant::now() + PATIENCE;
+        while !done(self) {
+            assert!(Instant::now() < deadline, "{} entries at the deadline", self.entries.len());
+            match node.told().await {
+                Told::Step(messages) => {
+                    let answers = messages.into_iter().filter_map(|message| self.step(message));
+                    let answers = answers.collect();
+                    node.send(answers);
+                }
+                Told::Unreachable(_) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    /// The puts in the log, in order.
+    fn puts(&self) -> Vec<pb::PutRequest> {
+        let requests =
+            self.entries.iter().filter(|entry| entry.r#type == 0 && !entry.data.is_empty());
+        requests
+            // This release still writes its own name in the form of the v2 store.
+            .filter_map(|entry| match Command::decode(entry.data.clone()).ok()?.request {
+                Request::Put(put) => Some(put),
+                _ => None,
+            })
+            .collect()
+    }
+}
+
+#[test]
+fn a_real_etcd_sends_its_log_and_takes_proposals() {
+    run(async {
+        let etcd = Etcd::start().await;
+        etcd.fill(20).await;
+        let (mut node, leader) = etcd.joined().await;
+        let mut follower = Follower::default();
+        follower.follow(&mut node, |follower| follower.puts().len() == 20).await;
+        assert_eq!(follower.entries[0].index, 1);
+        // From here on entries come one by one, in the short form.
+        for n in 20..40 {
+            etcd.fill_one(n).await;
+            follower.follow(&mut node, |follower| follower.puts().len() > n).await;
+        }
+        assert_eq!(sorted(follower.puts()), sorted((0..40).map(put).collect()));
+        assert!(node.liveness.since(leader).is_some());
+        until("etcd has dialled both of its streams", async || {
+            let status = node.network.send(GetPeer(leader)).await.unwrap().unwrap();
+            status.attached.message && status.attached.msgapp
+        })
+        .await;
+        // What a follower's client wants goes the other way.
+        let data = Command::new(0x1234_5678, Request::Put(put(77))).encode();
+        let entries = vec![Entry { data: data.clone(), ..Entry::default() }];
+        let to = leader.0;
+        let from = node.id.0;
+        node.send(vec![RaftMessage { r#type: PROP, to, from, entries, ..RaftMessage::default() }]);
+        follower.follow(&mut node, |follower| follower.puts().len() == 41).await;
+        assert_eq!(follower.entries.last().unwrap().data, data);
+        let beats = follower.heartbeats;
+        follower.follow(&mut node, |follower| follower.heartbeats > beats + 5).await;
+        let range = pb::RangeRequest { key: "key 77".into(), ..Default::default() };
+        let read = etcd.kv().range(range).await.unwrap().into_inner();
+        assert_eq!(read.kvs[0].parse().unwrap().value, "value 77");
+        assert!(node.exits.try_recv().is_err());
+        // Removed, it is told so when it dials.
+        let remove = pb::MemberRemoveRequest { id: node.id.0 };
+        etcd.cluster().member_remove(remove).await.unwrap();
+        let reason = tokio::time::timeout(PATIENCE, node.exits.recv()).await.unwrap();
+        assert_eq!(reason, Some(Reason::Removed));
+    });
+}
+
+#[test]
+fn a_real_etcd_sends_a_snapshot_to_who_is_too_far_behind() {
+    run(async {
+        let etcd = Etcd::start().await;
+        // It keeps 5000 entries behind a snapshot.
+        etcd.fill(5300).await;
+        let (mut node, leader) = etcd.joined().await;
+        let mut follower = Follower::default();
+        follower.follow(&mut node, |follower| follower.snapshot.is_some()).await;
+        let message = follower.snapshot.clone().unwrap();
+        let snapshot = message.snapshot.unwrap();
+        let metadata = snapshot.metadata.unwrap();
+        let conf_state = metadata.conf_state.unwrap();
+        assert_eq!(conf_state.voters, [leader.0]);
+        assert_eq!(conf_state.learners, [node.id.0]);
+        assert!(metadata.index > 5300);
+        assert!(snapshot.data.starts_with(b"{"), "the v2 store is JSON");
+        let name = format!("{:016x}.snap.db", metadata.index);
+        assert_eq!(node.files(), [name.clone()]);
+        let file = std::fs::read(node.dir.path().join(name)).unwrap();
+        let db = Reader::open(&file[..]).unwrap();
+        let mut revisions = 0;
+        let keys = db.bucket(b"key").unwrap().unwrap();
+        keys.scan(ops::Bound::Unbounded, ops::Bound::Unbounded, &mut |_, _| {
+            revisions += 1;
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        assert_eq!(revisions, 5300);
+        let received = format!("etcd_network_snapshot_receive_success{{From=\"{leader}\"}}");
+        until("the snapshot is counted", async || node.metric(&received) == 1.0).await;
+        // The log goes on behind it.
+        etcd.fill_one(9000).await;
+        follower.follow(&mut node, |follower| follower.puts() == [put(9000)]).await;
+    });
+}
+
+fn sorted(mut puts: Vec<pb::PutRequest>) -> Vec<pb::PutRequest> {
+    puts.sort_by(|a, b| a.key.cmp(&b.key));
+    puts
 }

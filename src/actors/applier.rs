@@ -621,3 +621,215 @@ impl Handler<CompactSlice> for Applier {
         MessageResult(sliced)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use engine_api::Table;
+    use quorate_proto::etcdserverpb::watch_request::RequestUnion;
+    use quorate_proto::etcdserverpb::{WatchCreateRequest, WatchRequest, WatchResponse};
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::actors::disk::OsDisk;
+    use crate::actors::lease::ListLeases;
+    use crate::actors::rig::{
+        LEADER, LOCAL, PATIENCE, Rig, compact, db_path, grant, installer, open_redb, put, transfer,
+    };
+    use crate::actors::watch::{Ask, Open};
+    use crate::core::apply::CONSISTENT_INDEX;
+    use crate::core::types::LeaseId;
+    use crate::core::watch::StreamId;
+    use crate::storage::wal_log;
+
+    const MSG_APP_RESP: u32 = 4;
+
+    /// Two members that have the same beginning; the first goes on alone.
+    async fn apart(dirs: [&Path; 2], persistent: bool) -> (Rig, Rig) {
+        let mut rigs = dirs.map(|dir| Rig::start(dir, persistent));
+        for rig in &mut rigs {
+            rig.found();
+            rig.requests(vec![grant(5), put("k0", "0"), put("other", "0")]);
+            rig.applied().await;
+        }
+        let [mut ahead, behind] = rigs;
+        let puts = (1..300).map(|n| put(&format!("k{}", n % 7), &n.to_string()));
+        ahead.requests(puts.collect());
+        ahead.requests(vec![grant(6), compact(100), put("k9", "last")]);
+        ahead.applied().await;
+        (ahead, behind)
+    }
+
+    async fn watch(rig: &Rig, start: i64) -> mpsc::UnboundedReceiver<WatchResponse> {
+        let (sender, responses) = mpsc::unbounded_channel();
+        let stream = StreamId(start as u64 + 1);
+        rig.watch.do_send(Open { stream, responses: sender });
+        let create = WatchCreateRequest {
+            key: "k".into(),
+            range_end: "l".into(),
+            start_revision: start,
+            ..Default::default()
+        };
+        let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
+        assert_eq!(rig.watch.send(Ask { stream, request }).await, Ok(true));
+        responses
+    }
+
+    async fn next(responses: &mut mpsc::UnboundedReceiver<WatchResponse>) -> WatchResponse {
+        let response = tokio::time::timeout(PATIENCE, responses.recv()).await;
+        response.expect("a response in time").expect("the stream is open")
+    }
+
+    fn hashes(rig: &Rig) -> (u32, i64, i64) {
+        let (hash, revision, _) = rig.shared.hash_kv(0).expect("a hash");
+        (hash.hash, hash.compact_revision, revision)
+    }
+
+    fn takes_over_a_snapshot(persistent: bool) {
+        actix::System::new().block_on(async {
+            let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+            let (mut ahead, mut behind) = apart([dirs[0].path(), dirs[1].path()], persistent).await;
+            let old = behind.shared.published.load_full();
+            let mut responses = watch(&behind, 0).await;
+            assert!(next(&mut responses).await.created);
+
+            let received = transfer(&ahead, &behind.snapshots, dirs[0].path()).await;
+            let index = received.metadata.as_ref().unwrap().index;
+            assert_eq!(index, ahead.last().0);
+            behind.send_snapshot(received);
+            // What follows does not wait for the snapshot to be installed.
+            for rig in [&mut ahead, &mut behind] {
+                rig.requests(vec![put("k1", "after")]);
+            }
+            ahead.applied().await;
+            behind.applied().await;
+            assert_eq!(hashes(&behind), hashes(&ahead));
+
+            // Who reads the old state goes on with it.
+            let found = old.store.find(b"k0", old.store.revision()).expect("the key was there");
+            let value = old.store.value(&Values::new(&*old.engine), found.modified).unwrap();
+            assert_eq!(&value.parse().unwrap().value[..], b"0");
+            let now = behind.shared.published.load_full();
+            assert!(!Arc::ptr_eq(&now.engine, &old.engine));
+            assert_eq!(now.members.conf_state().voters, [LOCAL, LEADER]);
+            assert_eq!(now.members.local, MemberId(LOCAL));
+            assert_eq!(now.leases.get(LeaseId(6)).map(|lease| lease.ttl), Some(100));
+            let mut leases = behind.leases.send(ListLeases).await.unwrap();
+            leases.sort();
+            assert_eq!(leases, [LeaseId(5), LeaseId(6)]);
+
+            // The watcher was at a revision that is compacted now.
+            let lost = next(&mut responses).await;
+            assert!(lost.canceled, "{lost:?}");
+            assert_eq!(lost.compact_revision, 100);
+
+            // The leader hears of it, and goes on from there.
+            let acknowledged = async {
+                while let Some(message) = behind.sent.recv().await {
+                    if (message.r#type, message.index) == (MSG_APP_RESP, index + 1) {
+                        return;
+                    }
+                }
+            };
+            tokio::time::timeout(PATIENCE, acknowledged).await.expect("an acknowledgement");
+
+            // The log begins with the snapshot.
+            let disk = OsDisk;
+            let wal = dirs[1].path().join("wal");
+            let mut valid = Vec::new();
+            let log = wal_log::read(&disk, &wal, |found| {
+                valid = found.to_vec();
+                found.last().cloned().unwrap_or_default()
+            });
+            let log = log.unwrap();
+            assert_eq!((log.start.index(), log.last_index), (index, index + 1));
+            let loaded = behind.snapshots.load_newest(&valid).unwrap().snapshot.unwrap();
+            assert_eq!(loaded.metadata.unwrap().index, index);
+            behind.stop().await;
+            // Only an engine that forgets needs the database again.
+            assert_eq!(db_path(dirs[1].path(), index).exists(), !persistent);
+        });
+    }
+
+    #[test]
+    fn a_snapshot_takes_the_place_of_all_state_on_disk() {
+        takes_over_a_snapshot(true);
+    }
+
+    #[test]
+    fn a_snapshot_takes_the_place_of_all_state_in_memory() {
+        takes_over_a_snapshot(false);
+    }
+
+    #[test]
+    fn a_watcher_that_is_not_compacted_sees_each_missed_event_once() {
+        actix::System::new().block_on(async {
+            let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+            let mut ahead = Rig::start(dirs[0].path(), false);
+            let mut behind = Rig::start(dirs[1].path(), false);
+            for rig in [&mut ahead, &mut behind] {
+                rig.found();
+                rig.requests((0..20).map(|n| put("k", &n.to_string())).collect());
+                rig.applied().await;
+            }
+            let mut responses = watch(&behind, 0).await;
+            assert!(next(&mut responses).await.created);
+            ahead.requests((20..500).map(|n| put("k", &n.to_string())).collect());
+            ahead.applied().await;
+            let received = transfer(&ahead, &behind.snapshots, dirs[0].path()).await;
+            behind.send_snapshot(received);
+            behind.requests((500..520).map(|n| put("k", &n.to_string())).collect());
+            let mut seen = Vec::new();
+            while seen.len() < 500 {
+                for event in next(&mut responses).await.events {
+                    let pair = event.kv.expect("a pair").parse().expect("a pair");
+                    seen.push(String::from_utf8_lossy(&pair.value).into_owned());
+                }
+            }
+            let expected: Vec<_> = (20..520).map(|n: i32| n.to_string()).collect();
+            assert_eq!(seen, expected);
+        });
+    }
+
+    #[test]
+    fn an_engine_that_was_installed_goes_on_after_a_restart() {
+        let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let last = actix::System::new().block_on(async {
+            let (ahead, mut behind) = apart([dirs[0].path(), dirs[1].path()], true).await;
+            let received = transfer(&ahead, &behind.snapshots, dirs[0].path()).await;
+            behind.send_snapshot(received);
+            behind.requests(vec![put("k1", "after")]);
+            behind.applied().await;
+            let last = behind.last();
+            // Space is given back in the new engine's files, whose directory has another name by now.
+            behind.shared.published.load_full().engine.reclaim().unwrap();
+            behind.stop().await;
+            last
+        });
+        let engine = installer(Arc::new(OsDisk), dirs[1].path(), true);
+        engine.clean().unwrap();
+        let dir = dirs[1].path().join("engine-redb");
+        let engine = open_redb()(&dir).unwrap();
+        let view = engine.view().unwrap();
+        let index = view.get(Table::Meta, CONSISTENT_INDEX).unwrap().unwrap();
+        assert_eq!(index[..], last.0.to_be_bytes());
+    }
+
+    #[test]
+    fn a_missing_database_stops_the_member() {
+        actix::System::new().block_on(async {
+            let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+            let (ahead, mut behind) = apart([dirs[0].path(), dirs[1].path()], true).await;
+            let received = transfer(&ahead, &behind.snapshots, dirs[0].path()).await;
+            let index = received.metadata.as_ref().unwrap().index;
+            std::fs::remove_file(db_path(dirs[1].path(), index)).unwrap();
+            let before = behind.shared.published.load().applied;
+            behind.send_snapshot(received);
+            let reason = tokio::time::timeout(PATIENCE, behind.exits.recv()).await.unwrap();
+            let text = format!("{reason:?}");
+            assert!(text.contains("is missing") && text.contains(".snap.db"), "{text}");
+            assert_eq!(behind.shared.published.load().applied, before);
+        });
+    }
+}

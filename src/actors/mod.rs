@@ -37,6 +37,8 @@ pub mod lease;
 pub mod monitor;
 pub mod peers;
 pub mod raft;
+#[cfg(test)]
+pub(crate) mod rig;
 pub mod shared;
 pub mod snapshot;
 pub mod spawn;

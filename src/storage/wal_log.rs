@@ -1091,6 +1091,55 @@ mod tests {
     }
 
     #[test]
+    fn a_received_snapshot_replaces_the_log_wherever_it_is_cut_short() {
+        let (mem, disk) = mem();
+        let mut log = WalLog::create_with(disk, dir(), &metadata(), SMALL).unwrap();
+        // The last ones were never committed, and reach beyond the snapshot.
+        let old: Vec<_> = (1..=30).map(|index| entry(1, index, 50)).collect();
+        log.append(&old, Some(&state(1, 5))).unwrap();
+        log.sync().unwrap();
+        log.replace(&snapshot(20, 2)).unwrap();
+        assert!(log.sync_needed());
+        let new: Vec<_> = (21..=80).map(|index| entry(2, index, 100)).collect();
+        let (few, rest) = new.split_at(5);
+        let mut outcomes = [0, 0];
+        let mut crash = |mem: &MemDisk| {
+            for seed in 0..100 {
+                let crashed: SharedDisk = Arc::new(mem.crash(seed));
+                let (_, found) = WalLog::open_with(crashed, dir(), SMALL, newest).unwrap();
+                let count = found.entries.len();
+                match found.start.index() {
+                    0 => assert_eq!((&found.entries[..], found.hard_state.commit), (&old[..], 5)),
+                    20 => assert_eq!(found.entries, new[..count], "seed {seed}"),
+                    other => panic!("a start at {other}"),
+                }
+                assert!(found.hard_state.commit >= found.start.index());
+                assert!(found.hard_state.commit <= found.last_index, "seed {seed}");
+                outcomes[usize::from(found.start.index() > 0)] += 1;
+            }
+        };
+        log.append(few, Some(&state(2, 25))).unwrap();
+        log.flush().unwrap();
+        crash(&mem);
+        // So many that a segment is cut among them.
+        log.append(rest, None).unwrap();
+        log.flush().unwrap();
+        crash(&mem);
+        assert_eq!((log.last_index(), log.hard_state()), (80, state(2, 25)));
+        assert!(outcomes[0] > 0 && outcomes[1] > 100, "{outcomes:?}");
+        log.sync().unwrap();
+        // The log goes on, is compacted and cut, and is still the one after the snapshot.
+        let (mut log, found) =
+            WalLog::open_with(Arc::new(mem.crash(0)), dir(), SMALL, newest).unwrap();
+        assert_eq!((found.start.index(), found.last_index), (20, 80));
+        assert_eq!(found.entries, new);
+        log.append(&[entry(2, 81, 10)], Some(&state(2, 81))).unwrap();
+        log.save_snapshot(&snapshot(81, 2)).unwrap();
+        log.release_to(81);
+        log.close().unwrap();
+    }
+
+    #[test]
     fn a_commit_index_alone_asks_for_no_sync() {
         let (_, disk) = mem();
         let mut log = WalLog::create_with(disk, dir(), &metadata(), SMALL).unwrap();
