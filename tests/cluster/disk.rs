@@ -5,11 +5,10 @@ use std::process::Command;
 use std::time::Instant;
 
 use crate::record::{Load, Recorder};
-use crate::rig;
 use crate::rig::PATIENCE;
 use crate::rig::cluster::{Cluster, Options};
 use crate::rig::process::Program;
-use crate::scenario::fill;
+use crate::scenario::{fill, with_own_cluster};
 
 /// A file system in memory, for as long as this lives.
 struct Tmpfs(PathBuf);
@@ -40,7 +39,7 @@ impl Drop for Tmpfs {
 
 #[test]
 fn a_full_disk_takes_one_member_out_and_nothing_with_it() {
-    rig::run(async {
+    with_own_cluster(async {
         let mut cluster = Cluster::prepare(Program::from_env(), 3, Options::brisk());
         // One segment of the log has 64 MB.
         let Some(tmpfs) = Tmpfs::mount(&cluster.members[0].data, 96) else {

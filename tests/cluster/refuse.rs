@@ -6,8 +6,8 @@ use crate::record::{Load, Recorder};
 use crate::rig::cluster::{Cluster, Options};
 use crate::rig::net::Node;
 use crate::rig::process::Program;
-use crate::rig::{self, wait_for};
-use crate::scenario::{cannot_serve, under_load_of};
+use crate::rig::wait_for;
+use crate::scenario::{cannot_serve, under_load_of, with_own_cluster};
 
 /// Waits until a log names the clash of cluster IDs, on either side.
 async fn mismatch_is_logged(cluster: &Cluster, nodes: &[Node]) {
@@ -52,7 +52,7 @@ fn a_member_with_the_token_of_another_cluster() {
 
 #[test]
 fn a_member_with_the_directory_of_another_cluster() {
-    rig::run(async {
+    with_own_cluster(async {
         let program = Program::from_env();
         let foreign = {
             let mut other = Cluster::prepare(program, 3, Options::brisk());
@@ -107,7 +107,7 @@ fn a_member_that_nobody_has_added() {
 
 #[test]
 fn a_member_that_joins_with_nobody_there() {
-    rig::run(async {
+    with_own_cluster(async {
         let mut cluster = Cluster::prepare(Program::from_env(), 2, Options::brisk());
         let stray = cluster.place_joining(&[0, 1]);
         let started = std::time::Instant::now();

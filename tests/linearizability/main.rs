@@ -51,12 +51,7 @@ fn old_reads_of_a_real_cluster_are_found() {
         let follower = cluster.follower().await;
         let others: Vec<_> = (0..3).filter(|node| *node != follower).collect();
         cluster.net.part(&[follower], &others);
-        let before = recorder.plain_reads(follower);
-        rig::wait_for("reads of old state", || async {
-            let reads = recorder.plain_reads(follower) - before;
-            if reads > 10 { Ok(()) } else { Err(format!("{reads}")) }
-        })
-        .await;
+        recorder.reads_by(follower, 10).await;
         cluster.net.heal();
         let violations = recorder.judge(&cluster, &[0, 1, 2]).await.unwrap_err();
         let stale = |found: &&Violation| matches!(found, Violation::Stale { .. });

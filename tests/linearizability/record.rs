@@ -1,6 +1,9 @@
 //! Clients that write and read on every member at once, and everything they were told, timed by one
 //! clock.
 
+// Two test binaries share this module, and each uses a part of it.
+#![allow(dead_code)]
+
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -172,28 +175,30 @@ impl Recorder {
         self.watchers.push((node, tokio::task::spawn_local(watcher.run())));
     }
 
-    /// Calls answered so far, with an effect or without.
-    pub fn answered(&self) -> usize {
+    /// Counts the answered calls of which this is true.
+    fn count(&self, of: impl Fn(&Operation) -> bool) -> usize {
         let record = self.record.borrow();
-        record.operations.iter().filter(|operation| operation.reply().is_some()).count()
+        let answered = record.operations.iter().filter(|operation| operation.reply().is_some());
+        answered.filter(|operation| of(operation)).count()
     }
 
-    /// Plain reads that member `node` has answered, which a member without a quorum does only if they
-    /// may be old.
-    pub fn plain_reads(&self, node: Node) -> usize {
-        let record = self.record.borrow();
-        let read = |operation: &&Operation| {
-            let plain = matches!(operation.call.then[..], [Step::Get(_)]);
-            plain && operation.member == node && operation.reply().is_some()
+    /// Waits until member `node` has answered `more` further plain reads.
+    pub async fn reads_by(&self, node: Node, more: usize) {
+        let read = |operation: &Operation| {
+            matches!(operation.call.then[..], [Step::Get(_)]) && operation.member == node
         };
-        record.operations.iter().filter(read).count()
+        self.reach(more, "reads to be answered", || self.count(read)).await;
     }
 
     /// Waits until `more` further calls are answered: the cluster is at work.
     pub async fn progress(&self, more: usize) {
-        let goal = self.answered() + more;
-        wait_for("clients to be answered", || async {
-            let answered = self.answered();
+        self.reach(more, "clients to be answered", || self.count(|_| true)).await;
+    }
+
+    async fn reach(&self, more: usize, what: &str, count: impl Fn() -> usize) {
+        let goal = count() + more;
+        wait_for(what, || async {
+            let answered = count();
             if answered >= goal { Ok(()) } else { Err(format!("{answered} of {goal} are")) }
         })
         .await;

@@ -459,7 +459,9 @@ impl Cluster {
 }
 
 /// Of each member's log, when a test fails.
-const LINES_SHOWN: usize = 60;
+const LINES_SHOWN: usize = 100;
+/// Of lines that are not shown: one for each call that took long.
+const NOISE: &str = "\"request stats\"";
 
 impl Drop for Cluster {
     fn drop(&mut self) {
@@ -471,7 +473,7 @@ impl Drop for Cluster {
         }
         for member in &self.members {
             let text = member.log_text();
-            let lines: Vec<&str> = text.lines().collect();
+            let lines: Vec<&str> = text.lines().filter(|line| !line.contains(NOISE)).collect();
             let from = lines.len().saturating_sub(LINES_SHOWN);
             eprintln!("--- {}, the end of {} lines of log:", member.name, lines.len());
             for line in &lines[from..] {
