@@ -845,11 +845,7 @@ impl Etcd {
     /// A node that was added to this cluster as a learner.
     async fn joined(&self) -> (Node, MemberId) {
         let (listener, url) = listening();
-        let add = pb::MemberAddRequest {
-            peer_ur_ls: vec![url.clone()],
-            is_learner: true,
-            ..Default::default()
-        };
+        let add = pb::MemberAddRequest { peer_ur_ls: vec![url.clone()], is_learner: true };
         let added = self.cluster().member_add(add).await.unwrap().into_inner();
         let header = added.header.unwrap();
         let (etcd, ours) = (header.member_id, added.member.unwrap().id);
@@ -1024,7 +1020,7 @@ fn a_real_etcd_sends_a_snapshot_to_who_is_too_far_behind() {
         assert!(metadata.index > 5300);
         assert!(snapshot.data.starts_with(b"{"), "the v2 store is JSON");
         let name = format!("{:016x}.snap.db", metadata.index);
-        assert_eq!(node.files(), [name.clone()]);
+        assert_eq!(node.files(), [&*name]);
         let file = std::fs::read(node.dir.path().join(name)).unwrap();
         let db = Reader::open(&file[..]).unwrap();
         let mut revisions = 0;
