@@ -1020,7 +1020,7 @@ fn a_real_etcd_sends_a_snapshot_to_who_is_too_far_behind() {
         assert!(metadata.index > 5300);
         assert!(snapshot.data.starts_with(b"{"), "the v2 store is JSON");
         let name = format!("{:016x}.snap.db", metadata.index);
-        assert_eq!(node.files(), std::slice::from_ref(&name));
+        assert_eq!(node.files(), [&*name]);
         let file = std::fs::read(node.dir.path().join(name)).unwrap();
         let db = Reader::open(&file[..]).unwrap();
         let mut revisions = 0;
