@@ -13,13 +13,18 @@
 //! applier ── Members ──► transport/peer
 //! applier ── TakeSnapshot ──► snapshot ── SaveSnapshot, Release ──► wal
 //! transport ── ChangeConf, TransferLeader, AwaitApplied ──► raft      daemon ── Abandon ──► raft ──► applier
+//! applier ── LeasesReplaced ──► lease      applier ── StoreReplaced ──► compactor
+//! applier ── Installed ──► snapshot
+//! transport/peer ── Flush (by way of export) ──► applier
 //! transport ── Renewals, Remaining ──► lease      transport ── Open, Ask, Delivered ──► watch
 //! ```
 //!
 //! Order that may never change: **persist, then send what depends on it** (the raft node holds such
 //! messages back until `Persisted`); **apply in index order, once** (one raft actor sends `Apply`, one
 //! applier skips what the engine holds); **applied index and data in one engine commit** (a batch is
-//! cut with its index inside). So `engine <= applied <= committed <= last`.
+//! cut with its index inside). A snapshot of the leader goes the way of entries: `Append` carries it to
+//! the log, `Apply` to the state, which it replaces, the engine included. So
+//! `engine <= applied <= committed <= last`.
 //!
 //! How deep the queues are: `Append` and `Apply` are bounded by credits (4 each, the rest merges in the
 //! raft node); engine batches by one in flight and an overlay of ten batches, behind which the applier
