@@ -834,3 +834,123 @@ impl Handler<Abandon> for RaftActor {
         self.applier.do_send(Abandon);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use prost::Message as _;
+
+    use super::*;
+    use crate::actors::exit::Reason;
+    use crate::actors::rig::{LOCAL, PATIENCE, Rig};
+    use crate::core::membership::{ChangeContext, Member};
+
+    /// etcd's number of a proposal that travels to the leader.
+    const MSG_PROP: u32 = 2;
+
+    /// A follower of a leader that the test plays.
+    async fn follower(dir: &std::path::Path) -> Rig {
+        let mut rig = Rig::start(dir, false);
+        rig.found();
+        rig.applied().await;
+        rig
+    }
+
+    fn proposal(id: u64) -> (Proposal, oneshot::Receiver<Answer>) {
+        let (reply, answer) = oneshot::channel();
+        (Proposal { id, data: id.to_string().into(), reply }, answer)
+    }
+
+    /// The entries that the follower hands on next.
+    async fn handed_on(rig: &mut Rig) -> Vec<raftpb::Entry> {
+        loop {
+            let sent = tokio::time::timeout(PATIENCE, rig.sent.recv()).await;
+            let message = sent.expect("a message in time").expect("a network");
+            if message.r#type == MSG_PROP {
+                return message.entries;
+            }
+        }
+    }
+
+    fn committed(rig: &mut Rig, change: &raftpb::ConfChange) {
+        let entry = raftpb::Entry {
+            r#type: raftpb::EntryType::EntryConfChange as i32,
+            term: 1,
+            index: rig.last().0 + 1,
+            data: change.encode_to_vec().into(),
+        };
+        rig.append(vec![entry]);
+    }
+
+    /// A new leader has given the leases more time than the one before it knows.
+    #[test]
+    fn what_only_a_leader_may_propose_is_not_handed_on() {
+        actix::System::new().block_on(async {
+            let dir = tempfile::tempdir().unwrap();
+            let mut rig = follower(dir.path()).await;
+            let (revoke, refused) = proposal(100);
+            let (put, _answer) = proposal(101);
+            rig.raft.do_send(AsLeader(vec![revoke]));
+            rig.raft.do_send(Requests { proposals: vec![put], reads: Vec::new() });
+            assert!(refused.await.is_err());
+            let entries = handed_on(&mut rig).await;
+            assert_eq!(entries.iter().map(|e| &e.data[..]).collect::<Vec<_>>(), [b"101"]);
+            rig.stop().await;
+        });
+    }
+
+    #[test]
+    fn a_proposer_of_a_change_finds_it_made() {
+        actix::System::new().block_on(async {
+            let dir = tempfile::tempdir().unwrap();
+            let mut rig = follower(dir.path()).await;
+            let member =
+                Member { id: 3, peer_urls: vec!["http://h:3".into()], ..Member::default() };
+            let context = ChangeContext { member, is_promote: false };
+            let change = raftpb::ConfChange {
+                id: 100,
+                r#type: raftpb::ConfChangeType::AddLearnerNode as i32,
+                node_id: 3,
+                context: serde_json::to_vec(&context).unwrap().into(),
+            };
+            for refused in [false, true] {
+                let (reply, answer) = oneshot::channel();
+                rig.raft.do_send(ChangeConf { change: change.clone(), reply });
+                let entries = handed_on(&mut rig).await;
+                assert_eq!(entries[0].data[..], change.encode_to_vec());
+                committed(&mut rig, &change);
+                assert_eq!(answer.await.unwrap().is_err(), refused);
+                let status = rig.raft.send(GetStatus).await.unwrap();
+                assert_eq!(status.conf_state.learners, [3]);
+                assert!(rig.shared.published.load().members.get(MemberId(3)).is_some());
+            }
+            rig.stop().await;
+        });
+    }
+
+    #[test]
+    fn a_removed_member_stops_after_a_while_and_answers_those_who_wait() {
+        actix::System::new().block_on(async {
+            let dir = tempfile::tempdir().unwrap();
+            let mut rig = follower(dir.path()).await;
+            let (put, waiting) = proposal(100);
+            rig.raft.do_send(Requests { proposals: vec![put], reads: Vec::new() });
+            handed_on(&mut rig).await;
+            let change = raftpb::ConfChange {
+                r#type: raftpb::ConfChangeType::RemoveNode as i32,
+                node_id: LOCAL,
+                ..Default::default()
+            };
+            let removed = std::time::Instant::now();
+            committed(&mut rig, &change);
+            let reason = tokio::time::timeout(PATIENCE, rig.exits.recv()).await;
+            assert_eq!(reason.expect("a reason in time"), Some(Reason::Removed));
+            assert!(removed.elapsed() >= Duration::from_secs(1));
+            rig.raft.do_send(Abandon);
+            assert!(waiting.await.is_err());
+            let (late, refused) = proposal(101);
+            rig.raft.do_send(Requests { proposals: vec![late], reads: Vec::new() });
+            assert!(refused.await.is_err());
+            rig.stop().await;
+        });
+    }
+}
