@@ -36,7 +36,7 @@ use crate::actors::watch::Events;
 use crate::core::apply::{Effects, Kind, Machine, Outcome, Reply};
 use crate::core::command::{Command, Request};
 use crate::core::event::EventKind;
-use crate::core::membership::Membership;
+use crate::core::membership::{Membership, Version};
 use crate::core::mvcc::Values;
 use crate::core::mvcc::compact::{Compaction, Sliced};
 use crate::core::quota::Quota;
@@ -122,6 +122,8 @@ pub struct Applier {
     /// Entries not applied yet because the overlay is full.
     held: Vec<Apply>,
     compaction: Option<Compaction>,
+    /// As it was shown last.
+    cluster_version: Option<Version>,
     committing: bool,
     cut_due: bool,
     last_durable: Instant,
@@ -149,6 +151,7 @@ impl Applier {
     /// An applier that goes on where `machine` stands.
     pub fn new(machine: Machine, links: Links, options: Options) -> Self {
         Applier {
+            cluster_version: machine.members.cluster_version,
             machine,
             links,
             options,
@@ -347,14 +350,27 @@ impl Applier {
         if effects.cluster_version
             && let Some(version) = self.machine.members.cluster_version
         {
-            let text = format!("{}.{}", version.major, version.minor);
-            self.metrics.cluster_version.with(&[&text]).set(1.0);
-            tracing::info!(
-                "cluster-id" = %self.links.shared.cluster_id,
-                "local-member-id" = %self.links.shared.member_id,
-                "cluster-version" = %format!("{}.{}", version.major, version.minor),
-                "set initial cluster version"
-            );
+            let text = |version: Version| format!("{}.{}", version.major, version.minor);
+            let shared = &self.links.shared;
+            match self.cluster_version.replace(version) {
+                None => tracing::info!(
+                    "cluster-id" = %shared.cluster_id,
+                    "local-member-id" = %shared.member_id,
+                    "cluster-version" = text(version),
+                    "set initial cluster version"
+                ),
+                Some(from) => {
+                    self.metrics.cluster_version.with(&[&text(from)]).set(0.0);
+                    tracing::info!(
+                        "cluster-id" = %shared.cluster_id,
+                        "local-member-id" = %shared.member_id,
+                        from = text(from),
+                        to = text(version),
+                        "updated cluster version"
+                    );
+                }
+            }
+            self.metrics.cluster_version.with(&[&text(version)]).set(1.0);
         }
     }
 

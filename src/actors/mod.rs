@@ -33,6 +33,7 @@ pub mod compactor;
 pub mod disk;
 pub mod exit;
 pub mod export;
+pub mod integrity;
 pub mod lease;
 pub mod monitor;
 pub mod peers;

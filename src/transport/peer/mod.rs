@@ -6,6 +6,7 @@
 pub mod client;
 pub mod codec;
 pub mod forward;
+pub mod hashkv;
 pub mod network;
 pub mod peer;
 pub mod pipeline;
@@ -33,6 +34,7 @@ pub fn router(member: Arc<Member>, door: Arc<Door>) -> Router {
         .route("/raft/probing", any(probing))
         .fallback(not_found)
         .with_state(member.clone())
+        .merge(hashkv::router(member.clone()))
         .merge(forward::router(member))
         .merge(server::router(door))
 }
