@@ -166,7 +166,8 @@ impl CompactionCheck {
             self.agreed = self.agreed.max(Some(own.revision));
             return CompactionVerdict::Agreed;
         }
-        let quorum = (peers.len() + 1) / 2 + 1;
+        let members = peers.len() + 1;
+        let quorum = members / 2 + 1;
         let majority = groups.iter().find(|(_, members)| members.len() >= quorum);
         let alarm = match majority.map(|(hash, _)| *hash) {
             None => vec![MemberId(0)],
