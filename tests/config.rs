@@ -529,7 +529,8 @@ fn rules_are_told_in_the_words_of_etcd() {
         "--cert-file=",
         "--auto-tls=false",
     ]);
-    let (checked, _) = served(load(&["--corrupt-check-time=1h", "--compact-hash-check-time=2m"]));
+    let (checked, _) =
+        served(load(&["--corrupt-check-time=1h", "--compact-hash-check-time=2m"], &[]));
     assert_eq!(checked.checks.corrupt_check_time, Duration::from_secs(3600));
     assert_eq!(checked.checks.compact_hash_check_time, Duration::from_secs(120));
     // The limits themselves pass.
