@@ -19,8 +19,9 @@ use crate::actors::committer::BatchCommitter;
 use crate::actors::compactor::{self, Compactor};
 use crate::actors::disk::{OsDisk, SharedDisk};
 use crate::actors::exit::{Exit, Reason, full};
+use crate::actors::integrity::{self, Integrity, Peers};
 use crate::actors::lease::LeaseManager;
-use crate::actors::monitor::Monitor;
+use crate::actors::monitor::{Monitor, server_versions};
 use crate::actors::peers;
 use crate::actors::raft::{self, Abandon, AdvanceTicks, RaftActor, RequestError};
 use crate::actors::shared::{Published, Shared};
@@ -34,7 +35,8 @@ use crate::config::duration::GoDuration;
 use crate::config::{Config, ConfigError, EngineKind, Gate, Origins, Retention, Url};
 use crate::core::apply::{Machine, STORAGE_VERSION};
 use crate::core::autocompact::{self, AutoCompaction};
-use crate::core::command::Request;
+use crate::core::cluster_version;
+use crate::core::command::{Command, Request};
 use crate::core::lease::{CHECKPOINT_INTERVAL_MS, LessorOptions, min_ttl};
 use crate::core::membership::{Membership, Version};
 use crate::core::quota::Quota;
@@ -52,6 +54,7 @@ use crate::transport::http::status::{ClientRules, client_router, metrics_router}
 use crate::transport::listener::{self, Bound, Served, Services, Workers};
 use crate::transport::member::{Limits, Member};
 use crate::transport::peer;
+use crate::transport::peer::hashkv::Asker;
 use crate::transport::peer::network::{self, Net, Network, RaftLink};
 use crate::transport::peer::server::Door;
 use crate::transport::peer::snapshot::{FromEngine, Snapshots};
@@ -186,6 +189,7 @@ struct Found {
 struct Daemon {
     config: Config,
     member: Arc<Member>,
+    peers: Arc<dyn Peers>,
     wal: Addr<WalWriter>,
     exits: mpsc::UnboundedReceiver<Reason>,
     listeners: Vec<(&'static str, Url, Bound, Served)>,
@@ -532,6 +536,15 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         "restarting local member"
     );
     show_identity(&shared, config);
+    let peers: Arc<dyn Peers> = Arc::new(Asker {
+        cluster_id: found.cluster_id,
+        timeout: PEER_DIAL_TIMEOUT + Duration::from_millis(config.raft.election_ms),
+    });
+    if plan == Plan::Restart && config.gates.enabled(Gate::InitialCorruptCheck) {
+        let timeout = config.raft.request_timeout();
+        let checked = integrity::check_at_start(&shared, &*peers, timeout).await;
+        checked.map_err(StartError::Refused)?;
+    }
     let mut running = Running { arbiters: Vec::new() };
     let peers_thread = running.arbiter("peers");
     let Started { member, wal, door } =
@@ -560,6 +573,7 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     Ok(Daemon {
         config: config.clone(),
         member,
+        peers,
         wal,
         exits,
         listeners,
@@ -903,7 +917,7 @@ impl Daemon {
         actix::spawn(advance_ticks(self.member.clone(), self.config.raft.clone()));
         // Handlers are there once a member has started; before, a signal simply ends it.
         let published = tokio::select! {
-            published = publish(&self.member, &self.config) => published,
+            published = publish(&self.member, &*self.peers, &self.config) => published,
             reason = self.exits.recv() => return self.failed(reason),
             Some(error) = listener_failed.recv() => return listener_ended(&error),
         };
@@ -931,8 +945,30 @@ impl Daemon {
             );
         }
         // Nothing asks a monitor anything: it lives as long as the thread does.
-        Monitor::new(self.member.shared.clone(), self.member.raft.clone(), server_version())
-            .start();
+        Monitor::new(
+            self.member.shared.clone(),
+            self.member.raft.clone(),
+            self.peers.clone(),
+            server_version(),
+            self.config.raft.request_timeout(),
+        )
+        .start();
+        let interval = |time: Duration| (!time.is_zero()).then_some(time);
+        let checks = &self.config.checks;
+        let options = integrity::Options {
+            periodic: interval(checks.corrupt_check_time),
+            compactions: interval(checks.compact_hash_check_time)
+                .filter(|_| self.config.gates.enabled(Gate::CompactHashCheck)),
+            request_timeout: self.config.raft.request_timeout(),
+        };
+        if options.periodic.is_some() || options.compactions.is_some() {
+            let links = integrity::Links {
+                shared: self.member.shared.clone(),
+                raft: self.member.raft.clone().recipient(),
+                peers: self.peers.clone(),
+            };
+            Integrity::new(links, options).start();
+        }
         let ended = tokio::select! {
             _ = interrupts.recv() => Ended::Signal(Signal::SIGINT),
             _ = terminations.recv() => Ended::Signal(Signal::SIGTERM),
@@ -1124,10 +1160,26 @@ fn tick_time(raft: &crate::config::Raft, ticks: u64) -> Duration {
     Duration::from_millis(raft.heartbeat_ms.saturating_mul(ticks))
 }
 
+/// Whether what this member publishes must be written for a member older than 3.5. A cluster that has
+/// been decided to run at a later version has none; in any other this member first catches up, so that
+/// it knows the members, and asks them.
+async fn log_needs_v2(member: &Arc<Member>, peers: &dyn Peers) -> Result<bool, RequestError> {
+    let shared = &member.shared;
+    let now = || shared.published.load().members.clone();
+    let known = now();
+    let alone = known.members().map(|member| member.id).eq([shared.member_id.0]);
+    if alone || cluster_version::settled(known.cluster_version) {
+        return Ok(false);
+    }
+    member.read_index().await?;
+    let servers = server_versions(shared, peers, server_version()).await;
+    Ok(cluster_version::needs_v2(now().cluster_version, &servers))
+}
+
 /// Publishes name and client URLs through the log, until that has been applied: the member is ready
 /// only then (operations 2.9). Without a leader that takes as long as there is none; each try waits
 /// for the request timeout. Answers false if the member is stopping.
-async fn publish(member: &Arc<Member>, config: &Config) -> bool {
+async fn publish(member: &Arc<Member>, peers: &dyn Peers, config: &Config) -> bool {
     let name = &config.member.name;
     let client_urls: Vec<String> =
         config.cluster.advertise_client_urls.iter().map(|url| url.as_str().to_string()).collect();
@@ -1152,7 +1204,15 @@ async fn publish(member: &Arc<Member>, config: &Config) -> bool {
         return false;
     }
     loop {
-        let error = match member.propose(request.clone()).await {
+        let proposed = match log_needs_v2(member, peers).await {
+            Err(error) => Err(error),
+            Ok(false) => member.propose(request.clone()).await,
+            Ok(true) => {
+                let encode = |c: &Command| c.encode_v2().unwrap_or_else(|| c.encode());
+                member.propose_as(request.clone(), encode).await
+            }
+        };
+        let error = match proposed {
             Ok(_) => break,
             Err(RequestError::Stopped) => {
                 tracing::warn!(

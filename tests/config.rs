@@ -502,10 +502,7 @@ fn rules_are_told_in_the_words_of_etcd() {
             &["--enable-pprof", "--enable-distributed-tracing"],
             "not supported yet: --enable-pprof (profiling), --enable-distributed-tracing (tracing)",
         ),
-        (
-            &["--corrupt-check-time=1h"],
-            "not supported yet: --corrupt-check-time (corruption checks)",
-        ),
+        (&["--downgrade-check-time=1h"], "not supported yet: --downgrade-check-time (downgrades)"),
     ] {
         let error = refused(args);
         assert_eq!(error.to_string(), text);
@@ -526,7 +523,16 @@ fn rules_are_told_in_the_words_of_etcd() {
     }
     assert!(!Path::new(file).exists());
     // Explicit defaults are no demand.
-    flags(&["--corrupt-check-time=0s", "--enable-pprof=false", "--cert-file=", "--auto-tls=false"]);
+    flags(&[
+        "--downgrade-check-time=5s",
+        "--enable-pprof=false",
+        "--cert-file=",
+        "--auto-tls=false",
+    ]);
+    let (checked, _) =
+        served(load(&["--corrupt-check-time=1h", "--compact-hash-check-time=2m"], &[]));
+    assert_eq!(checked.checks.corrupt_check_time, Duration::from_secs(3600));
+    assert_eq!(checked.checks.compact_hash_check_time, Duration::from_secs(120));
     // The limits themselves pass.
     flags(&["--election-timeout=50000", "--heartbeat-interval=10000"]);
 }

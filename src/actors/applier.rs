@@ -36,7 +36,7 @@ use crate::actors::watch::Events;
 use crate::core::apply::{Effects, Kind, Machine, Outcome, Reply};
 use crate::core::command::{Command, Request};
 use crate::core::event::EventKind;
-use crate::core::membership::{ChangeContext, Membership};
+use crate::core::membership::{ChangeContext, Membership, Version};
 use crate::core::mvcc::Values;
 use crate::core::mvcc::compact::{Compaction, Sliced};
 use crate::core::quota::Quota;
@@ -132,6 +132,8 @@ pub struct Applier {
     compaction: Option<Compaction>,
     /// Slices of compactions below it are of a store that was replaced.
     compaction_floor: i64,
+    /// As it was shown last.
+    cluster_version: Option<Version>,
     committing: bool,
     cut_due: bool,
     last_durable: Instant,
@@ -159,6 +161,7 @@ impl Applier {
     /// An applier that goes on where `machine` stands.
     pub fn new(machine: Machine, links: Links, options: Options) -> Self {
         Applier {
+            cluster_version: machine.members.cluster_version,
             machine,
             links,
             options,
@@ -470,21 +473,38 @@ impl Applier {
         if effects.cluster_version
             && let Some(version) = self.machine.members.cluster_version
         {
+            let text = |version: Version| format!("{}.{}", version.major, version.minor);
+            let shared = &self.links.shared;
+            match self.cluster_version {
+                None => tracing::info!(
+                    "cluster-id" = %shared.cluster_id,
+                    "local-member-id" = %shared.member_id,
+                    "cluster-version" = text(version),
+                    "set initial cluster version"
+                ),
+                Some(from) => tracing::info!(
+                    "cluster-id" = %shared.cluster_id,
+                    "local-member-id" = %shared.member_id,
+                    from = text(from),
+                    to = text(version),
+                    "updated cluster version"
+                ),
+            }
             self.show_cluster_version();
-            tracing::info!(
-                "cluster-id" = %self.links.shared.cluster_id,
-                "local-member-id" = %self.links.shared.member_id,
-                "cluster-version" = %format!("{}.{}", version.major, version.minor),
-                "set initial cluster version"
-            );
         }
     }
 
-    fn show_cluster_version(&self) {
-        if let Some(version) = self.machine.members.cluster_version {
+    fn show_cluster_version(&mut self) {
+        let Some(version) = self.machine.members.cluster_version else { return };
+        let gauge = |version: Version| {
             let text = format!("{}.{}", version.major, version.minor);
-            self.metrics.cluster_version.with(&[&text]).set(1.0);
+            self.metrics.cluster_version.with(&[&text])
+        };
+        if let Some(before) = self.cluster_version {
+            gauge(before).set(0.0);
         }
+        gauge(version).set(1.0);
+        self.cluster_version = Some(version);
     }
 
     fn show_alarms(&self) {

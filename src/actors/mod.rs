@@ -9,6 +9,7 @@
 //! applier ── Events ──► watch ── responses ──► transport
 //! applier ── LeaseChanges, Promoted ──► lease ── AsLeader (revokes) ──► raft
 //! applier ── Compacted ──► compactor ── CompactSlice ──► applier
+//! monitor ── Requests (cluster version) ──► raft ◄── Requests (alarms, read index) ── integrity
 //! raft ── Send ──► transport/peer ── Step, Unreachable, SnapshotDone ──► raft
 //! applier ── Members ──► transport/peer
 //! applier ── TakeSnapshot ──► snapshot ── SaveSnapshot, Release ──► wal
@@ -39,6 +40,7 @@ pub mod compactor;
 pub mod disk;
 pub mod exit;
 pub mod export;
+pub mod integrity;
 pub mod lease;
 pub mod monitor;
 pub mod peers;

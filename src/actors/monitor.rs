@@ -1,23 +1,28 @@
 //! The monitor: what a member looks after on its own account, apart from any request.
 //!
 //! in:  nothing but the clock
-//! out: `Requests` (the cluster version) to actors/raft.rs; gauges that no event sets
+//! out: `Requests` (the cluster version) to actors/raft.rs; gauges that no event sets; questions to the
+//!      other members, by [`Peers`]
 //!
-//! While this member leads and the cluster version is below what its members can do, it proposes to
-//! raise it (operations 2.9); a cluster of one can do what this server can.
+//! While this member leads and the cluster version is below what this server can do, it asks the
+//! others what they can do, and proposes what follows (operations 2.9, core/cluster_version.rs).
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use actix::prelude::*;
+use futures_util::future::join_all;
 use quorate_proto::membershippb::ClusterVersionSetRequest;
 use tokio::sync::oneshot;
 
+use crate::actors::integrity::Peers;
 use crate::actors::raft::{Proposal, RaftActor, Requests};
 use crate::actors::shared::Shared;
+use crate::core::cluster_version;
 use crate::core::command::{Command, Request};
 use crate::core::membership::Version;
+use crate::core::types::Term;
 use crate::metrics::{Metrics, OpenFiles};
 
 /// How often the gauges are refreshed: more often than Prometheus looks.
@@ -29,24 +34,56 @@ const FILES_INTERVAL: Duration = Duration::from_secs(600);
 /// Share of the file limit, in percent, above which there is a warning.
 const FILES_WARNING_PERCENT: u64 = 80;
 
-/// Owns no state but what it last proposed.
+/// Owns no state but what it is about to propose.
 pub struct Monitor {
     shared: Arc<Shared>,
     raft: Addr<RaftActor>,
-    /// The version that this server can run a cluster at.
+    peers: Arc<dyn Peers>,
+    /// What this server is.
     server: Version,
+    request_timeout: Duration,
     metrics: &'static Metrics,
-    proposing: bool,
+    negotiating: bool,
+    /// The last term in which this member has been seen to lead, with an entry of it applied.
+    led: Term,
+}
+
+/// The versions of all members' servers, this one's included; `None` for who does not tell.
+pub async fn server_versions(
+    shared: &Shared,
+    peers: &dyn Peers,
+    server: Version,
+) -> Vec<Option<Version>> {
+    let members = shared.published.load().members.clone();
+    let others = members.members().filter(|member| member.id != shared.member_id.0);
+    let asking: Vec<_> = others.map(|member| peers.version(member)).collect();
+    let mut versions = join_all(asking).await;
+    versions.push(Some(server));
+    versions
 }
 
 impl Monitor {
     /// A monitor of the member behind `shared`.
-    pub fn new(shared: Arc<Shared>, raft: Addr<RaftActor>, server: Version) -> Self {
-        let server = Version { patch: 0, ..server };
-        Monitor { shared, raft, server, metrics: Metrics::global(), proposing: false }
+    pub fn new(
+        shared: Arc<Shared>,
+        raft: Addr<RaftActor>,
+        peers: Arc<dyn Peers>,
+        server: Version,
+        request_timeout: Duration,
+    ) -> Self {
+        Monitor {
+            shared,
+            raft,
+            peers,
+            server,
+            request_timeout,
+            metrics: Metrics::global(),
+            negotiating: false,
+            led: Term(0),
+        }
     }
 
-    fn refresh(&mut self, _: &mut Context<Self>) {
+    fn refresh(&mut self, ctx: &mut Context<Self>) {
         // A failing engine says so itself, where it is used.
         let now = self.shared.published.load();
         if let Ok(size) = now.engine.size() {
@@ -57,24 +94,67 @@ impl Monitor {
         }
         let learner = now.members.is_learner();
         self.metrics.is_learner.set(f64::from(u8::from(learner)));
+        // A new leader looks at the versions once an entry of its term is applied, not seconds later.
+        let raft = &self.shared.raft;
+        if raft.leading.load(Ordering::Acquire)
+            && now.term > self.led
+            && now.term.0 == raft.term.load(Ordering::Acquire)
+        {
+            self.led = now.term;
+            drop(now);
+            self.negotiate_version(ctx);
+        }
     }
 
-    fn raise_version(&mut self, ctx: &mut Context<Self>) {
-        let decided = self.shared.published.load().members.cluster_version;
+    /// Brings the cluster version to what all members can do, as far as this member knows.
+    fn negotiate_version(&mut self, ctx: &mut Context<Self>) {
+        let members = self.shared.published.load().members.clone();
         let leading = self.shared.raft.leading.load(Ordering::Acquire);
-        if self.proposing || !leading || decided >= Some(self.server) {
+        let decided = members.cluster_version;
+        // It cannot be higher than what this server can do: nobody need be asked.
+        if self.negotiating || !leading || decided >= Some(Version { patch: 0, ..self.server }) {
             return;
         }
-        self.proposing = true;
+        self.negotiating = true;
+        let (shared, peers, server) = (self.shared.clone(), self.peers.clone(), self.server);
+        let asking = async move { server_versions(&shared, &*peers, server).await };
+        ctx.spawn(asking.into_actor(self).map(move |servers, this, ctx| {
+            match cluster_version::decide(decided, &servers) {
+                Some(version) => this.propose_version(decided, version, &servers, ctx),
+                None => this.negotiating = false,
+            }
+        }));
+    }
+
+    fn propose_version(
+        &mut self,
+        decided: Option<Version>,
+        version: Version,
+        servers: &[Option<Version>],
+        ctx: &mut Context<Self>,
+    ) {
+        match decided {
+            None => tracing::info!(
+                "cluster-version" = %version,
+                "setting up initial cluster version"
+            ),
+            Some(from) => tracing::info!(%from, to = %version, "updating cluster version"),
+        }
         let id = self.shared.next_id();
-        let set = ClusterVersionSetRequest { ver: self.server.to_string() };
-        let data = Command::new(id, Request::ClusterVersionSet(set)).encode();
+        let set = ClusterVersionSetRequest { ver: version.to_string() };
+        let command = Command::new(id, Request::ClusterVersionSet(set));
+        let v2 = cluster_version::needs_v2(decided, servers).then(|| command.encode_v2()).flatten();
+        let data = v2.unwrap_or_else(|| command.encode());
         let (reply, done) = oneshot::channel();
         let proposals = vec![Proposal { id, data, reply }];
         self.raft.do_send(Requests { proposals, reads: Vec::new() });
-        ctx.spawn(done.into_actor(self).map(|done, this, _| {
-            this.proposing = false;
-            if !matches!(done, Ok(Ok(_))) {
+        // An entry that was lost with its leader is never answered.
+        let done = tokio::time::timeout(self.request_timeout, done);
+        ctx.spawn(done.into_actor(self).map(move |done, this, _| {
+            this.negotiating = false;
+            if matches!(done, Ok(Ok(Ok(_)))) {
+                tracing::info!("cluster-version" = %version, "cluster version is updated");
+            } else {
                 tracing::warn!("failed to update cluster version");
             }
         }));
@@ -101,9 +181,7 @@ impl Actor for Monitor {
     fn started(&mut self, ctx: &mut Self::Context) {
         self.refresh(ctx);
         ctx.run_interval(GAUGE_INTERVAL, Self::refresh);
-        // A first start has its version decided as soon as it leads, not four seconds later.
-        ctx.run_later(Duration::from_millis(10), Self::raise_version);
-        ctx.run_interval(VERSION_INTERVAL, Self::raise_version);
+        ctx.run_interval(VERSION_INTERVAL, Self::negotiate_version);
         ctx.run_interval(FILES_INTERVAL, Self::count_files);
     }
 }

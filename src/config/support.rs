@@ -46,8 +46,6 @@ const AT_DEFAULT: &[(&str, &str)] = &[
     ("discovery-srv-name", DISCOVERY),
     ("enable-pprof", "profiling"),
     ("enable-distributed-tracing", "tracing"),
-    ("corrupt-check-time", "corruption checks"),
-    ("compact-hash-check-time", "corruption checks"),
     ("downgrade-check-time", "downgrades"),
 ];
 

@@ -34,6 +34,11 @@ pub fn needs_v2(decided: Option<Version>, servers: &[Option<Version>]) -> bool {
     decided.iter().chain(servers.iter().flatten()).any(old)
 }
 
+/// Whether the cluster's version rules out members that need requests of the v2 API.
+pub fn settled(decided: Option<Version>) -> bool {
+    decided >= Some(FIRST_WITH_REQUESTS)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -76,6 +81,7 @@ mod tests {
             ("3.4.0", &["3.7.1", "?"], true),
             ("3.7.0", &["3.7.1", "?"], false),
         ] {
+            assert!(!settled(Version::parse(decided)) || decided == "3.7.0");
             let needed = needs_v2(Version::parse(decided), &versions(servers));
             assert_eq!(needed, expected, "{decided:?} {servers:?}");
         }

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use actix::prelude::*;
+use bytes::Bytes;
 use tokio::sync::{oneshot, watch};
 
 use crate::actors::applier::Applier;
@@ -168,13 +169,25 @@ impl Member {
     /// # Errors
     /// Any [`RequestError`].
     pub async fn propose(self: &Arc<Self>, request: Request) -> Result<Answered, RequestError> {
+        self.propose_as(request, Command::encode).await
+    }
+
+    /// As [`Member::propose`], with the entry's data as `encode` has it.
+    ///
+    /// # Errors
+    /// Any [`RequestError`].
+    pub async fn propose_as(
+        self: &Arc<Self>,
+        request: Request,
+        encode: impl FnOnce(&Command) -> Bytes,
+    ) -> Result<Answered, RequestError> {
         if self.shared.apply_lag() > APPLY_LAG_MAX {
             return Err(RequestError::TooManyRequests);
         }
         let kind = RequestKind::of(request.name());
         let started = std::time::Instant::now();
         let id = self.shared.next_id();
-        let data = Command::new(id, request).encode();
+        let data = encode(&Command::new(id, request));
         if data.len() > self.limits.request_bytes_max {
             return Err(RequestError::TooLarge);
         }

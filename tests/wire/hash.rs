@@ -160,3 +160,57 @@ async fn the_whole_engine() {
         }
     }
 }
+
+/// What members ask of each other on the peer port: the same answers as etcd's.
+#[tokio::test]
+async fn between_members() {
+    let (ours, etcd) = tokio::join!(Member::start(Kind::Redb), Member::start(Kind::Etcd));
+    let client = async |member: &Member, cluster: &str, body: &str| {
+        let stream = tokio::net::TcpStream::connect(
+            member.peer_url().strip_prefix("http://").expect("a URL of a test").to_string(),
+        );
+        let io = hyper_util::rt::TokioIo::new(stream.await.unwrap());
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(io).await.unwrap();
+        let driver = tokio::spawn(connection);
+        let mut request = http::Request::get("/members/hashkv").header("host", "peer");
+        if !cluster.is_empty() {
+            request = request.header("X-Etcd-Cluster-ID", cluster);
+        }
+        let body = http_body_util::Full::new(bytes::Bytes::from(body.to_string()));
+        let answer = sender.send_request(request.body(body).unwrap()).await.unwrap();
+        let (parts, body) = answer.into_parts();
+        let body = http_body_util::BodyExt::collect(body).await.unwrap().to_bytes();
+        driver.abort();
+        (parts.status.as_u16(), parts.headers, String::from_utf8(body.to_vec()).unwrap())
+    };
+    let last = fill(&mut ours.api()).await;
+    assert_eq!(fill(&mut etcd.api()).await, last);
+    let numbers = |body: &str| {
+        let json: serde_json::Value = serde_json::from_str(body).expect("an answer is JSON");
+        let number = |value: &serde_json::Value| value.as_i64().unwrap_or_default();
+        let newest = number(&json["header"]["revision"]);
+        (newest, number(&json["hash"]), number(&json["compact_revision"]))
+    };
+    for body in [r#"{"revision":7}"#, r#"{"revision":0}"#, "{}"] {
+        let (status, headers, ours) = client(&ours, "", body).await;
+        assert_eq!((status, &headers["content-type"]), (200, &"application/json".parse().unwrap()));
+        assert!(headers.contains_key("X-Etcd-Cluster-ID"));
+        let (_, _, theirs) = client(&etcd, "", body).await;
+        assert_eq!(numbers(&ours), numbers(&theirs), "{body}");
+        assert_eq!(numbers(&ours).0, last);
+    }
+    for api in [&mut ours.api(), &mut etcd.api()] {
+        api.compact(9).await.unwrap();
+    }
+    for body in [r#"{"revision":4}"#, r#"{"revision":4000}"#, "[", "", "[]"] {
+        let (status, headers, ours) = client(&ours, "", body).await;
+        let (their_status, _, theirs) = client(&etcd, "", body).await;
+        assert_eq!((status, &ours), (400, &theirs), "{body}");
+        assert_eq!(their_status, 400);
+        assert_eq!(headers["content-type"], "text/plain; charset=utf-8");
+    }
+    let (status, headers, text) = client(&ours, "abc", "{}").await;
+    assert_eq!((status, text.as_str()), (412, "cluster ID mismatch\n"));
+    let own = headers["X-Etcd-Cluster-ID"].to_str().unwrap();
+    assert_eq!(client(&ours, own, "{}").await.0, 200);
+}

@@ -6,6 +6,7 @@
 pub mod client;
 pub mod codec;
 pub mod forward;
+pub mod hashkv;
 pub mod network;
 #[allow(clippy::module_inception, reason = "one peer, among those who make the network")]
 pub mod peer;
@@ -36,6 +37,7 @@ pub fn router(member: Arc<Member>, door: Arc<Door>) -> Router {
         .route("/raft/probing", any(probing))
         .fallback(not_found)
         .with_state(member.clone())
+        .merge(hashkv::router(member.clone()))
         .merge(forward::router(member))
         .merge(server::router(door))
 }
