@@ -22,6 +22,8 @@ pub enum Program<'a> {
     Serve(&'a [String]),
     /// The benchmark, with these arguments.
     Bench(&'a [String]),
+    /// A cluster on this machine, with these arguments.
+    LocalCluster(&'a [String]),
     /// Something else, by its name.
     Other(&'a str),
 }
@@ -32,6 +34,7 @@ pub fn program(args: &[String]) -> Program<'_> {
     match args.first().map(String::as_str) {
         Some("serve") => Program::Serve(&args[1..]),
         Some("bench") => Program::Bench(&args[1..]),
+        Some("local-cluster") => Program::LocalCluster(&args[1..]),
         Some(name) if ABSENT.contains(&name) => Program::Other(name),
         _ => Program::Serve(args),
     }
@@ -46,6 +49,7 @@ pub fn run(args: &[String], serve: fn(Config, Logging) -> ExitCode) -> ExitCode 
     match program(args.get(1..).unwrap_or_default()) {
         Program::Serve(flags) => start(args, flags, serve),
         Program::Bench(args) => crate::bench::run(args.iter().map(Into::into)),
+        Program::LocalCluster(args) => crate::local::run(args),
         Program::Other(name) => {
             say(
                 std::io::stderr(),
@@ -187,6 +191,8 @@ mod tests {
         assert_eq!(program(&words), Program::Serve(&flags));
         assert_eq!(program(&[]), Program::Serve(&[]));
         assert_eq!(program(&args(&["gateway", "start"])), Program::Other("gateway"));
+        let words = args(&["local-cluster", "--name", "a"]);
+        assert_eq!(program(&words), Program::LocalCluster(&flags));
         let words = args(&["--name", "serve"]);
         assert_eq!(program(&words), Program::Serve(&words));
     }

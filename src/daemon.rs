@@ -45,6 +45,7 @@ use crate::core::types::{ClusterId, Index, MemberId, Term};
 use crate::core::watch::{Hub, HubOptions};
 use crate::logging::{self, Logging};
 use crate::metrics::Metrics;
+use crate::storage::install::{InstallError, Installer, OpenEngine};
 use crate::storage::lock::DataDirLock;
 use crate::storage::snap_dir::SnapDir;
 use crate::storage::wal_log::{self, Recovered, WalLog};
@@ -56,6 +57,7 @@ use crate::transport::peer;
 use crate::transport::peer::hashkv::Asker;
 use crate::transport::peer::network::{self, Net, Network, RaftLink};
 use crate::transport::peer::server::Door;
+use crate::transport::peer::snapshot::{FromEngine, Snapshots};
 
 /// File descriptors that are kept for everything but client connections (operations 1.4).
 const RESERVED_FILES: u64 = 150;
@@ -69,6 +71,9 @@ const PEER_DIAL_TIMEOUT: Duration = Duration::from_secs(1);
 const REACHABLE_POLL: Duration = Duration::from_millis(50);
 /// Between two tries to publish, if the first was refused at once.
 const PUBLISH_PAUSE: Duration = Duration::from_millis(100);
+/// Members of older clusters stop at log entries that hold attributes of members (formats-and-peers
+/// 5.3).
+const PUBLISH_LEAST: Version = Version { major: 3, minor: 5, patch: 0 };
 /// Transport threads at most: more do not help while one thread applies.
 const TRANSPORT_THREADS_MAX: usize = 8;
 
@@ -89,6 +94,8 @@ enum StartError {
     Wal(#[from] wal_log::WalError),
     #[error(transparent)]
     Snapshots(#[from] crate::storage::snap_dir::SnapError),
+    #[error(transparent)]
+    Install(#[from] InstallError),
     #[error("storage engine: {0}")]
     Engine(#[from] engine_api::EngineError),
     #[error("raft log: {0}")]
@@ -169,11 +176,11 @@ struct Found {
     member_id: MemberId,
     cluster_id: ClusterId,
     engine: Arc<dyn Engine>,
+    installer: Installer,
     log: WalLog,
     recovered: Recovered,
     machine: Machine,
     unfinished: Option<i64>,
-    persistent: bool,
     /// Members that the log does not tell of yet.
     remotes: Vec<(MemberId, Vec<Url>)>,
 }
@@ -197,22 +204,28 @@ fn server_version() -> Version {
     Version::parse(ETCD_VERSION).expect("a constant version parses")
 }
 
-/// Opens the engine that the configuration names.
-fn open_engine(config: &Config) -> Result<(Arc<dyn Engine>, bool), StartError> {
+/// What opens the engine that the configuration names, and puts others in its place.
+fn installer(
+    config: &Config,
+    disk: &SharedDisk,
+    snapshots: &SnapDir,
+) -> Result<Installer, StartError> {
     let options = &config.storage.engine_options;
     let refused = |error: String| StartError::Refused(format!("engine-options: {error}"));
-    Ok(match engine_dir(config) {
-        Some(dir) => {
+    let dir = engine_dir(config);
+    let open: OpenEngine = match dir {
+        Some(_) => {
             let options = engine_redb::RedbOptions::from_map(options).map_err(refused)?;
-            (Arc::new(engine_redb::Redb::open(&dir, &options)?), true)
+            Arc::new(move |dir| Ok(Arc::new(engine_redb::Redb::open(dir, &options)?)))
         }
         None => {
             if let Some(option) = options.keys().next() {
                 return Err(refused(format!("unknown option {option:?}: memory has none")));
             }
-            (Arc::new(engine_memory::Memory::new()), false)
+            Arc::new(|_| Ok(Arc::new(engine_memory::Memory::new())))
         }
-    })
+    };
+    Ok(Installer::new(disk.clone(), snapshots.clone(), dir, open, server_version()))
 }
 
 /// Where the configured engine has its files; `None` for one without any.
@@ -224,14 +237,17 @@ fn engine_dir(config: &Config) -> Option<PathBuf> {
 }
 
 /// Refuses a log that begins behind a snapshot when the engine's files are gone. Without a snapshot
-/// the log holds everything, and an engine is filled from it.
-fn check_engine_is_there(config: &Config, disk: &SharedDisk) -> Result<(), StartError> {
+/// the log holds everything, and an engine is filled from it; with a received one, from its database.
+fn check_engine_is_there(
+    config: &Config,
+    disk: &SharedDisk,
+    installer: &Installer,
+) -> Result<(), StartError> {
     let Some(dir) = engine_dir(config).filter(|dir| !dir.exists()) else { return Ok(()) };
     let wal_dir = config.member.wal_dir();
-    let newest =
-        wal_log::read(&**disk, &wal_dir, |valid| valid.last().cloned().unwrap_or_default())?;
+    let newest = wal_log::read(&**disk, &wal_dir, newest)?;
     let index = newest.start.index();
-    if index > 0 {
+    if index > 0 && !installer.has_received(index)? {
         return Err(StartError::Refused(format!(
             "database file ({}) of the backend is missing, but the write-ahead log in {} goes on \
              from a snapshot at index {index}",
@@ -288,17 +304,25 @@ fn create_dir(path: &Path) -> Result<(), StartError> {
         .map_err(|source| StartError::Dir { path: path.to_path_buf(), source })
 }
 
+/// The record to start from: the log before it may have been replaced.
+fn newest(valid: &[walpb::Snapshot]) -> walpb::Snapshot {
+    valid.iter().max_by_key(|record| record.index()).cloned().unwrap_or_default()
+}
+
 /// Reads the data directory; one without a log begins as `birth` says.
 fn read_directory(
     config: &Config,
     disk: &SharedDisk,
+    snapshots: &SnapDir,
     birth: Option<&Birth>,
 ) -> Result<Found, StartError> {
+    let installer = installer(config, disk, snapshots)?;
+    installer.clean()?;
     let wal_dir = config.member.wal_dir();
     if birth.is_none() {
-        check_engine_is_there(config, disk)?;
+        check_engine_is_there(config, disk, &installer)?;
     }
-    let (engine, persistent) = open_engine(config)?;
+    let mut engine = installer.open()?;
     let view = engine.view()?;
     let ttl_min = min_ttl(config.raft.election_ms);
     let blank = Membership::new(ClusterId(0), MemberId(0), config.cluster.max_learners as usize);
@@ -322,8 +346,8 @@ fn read_directory(
             "keys name a lease that does not exist; they are kept and never expire"
         );
     }
-    let (mut machine, unfinished) = (restored.machine, restored.unfinished);
-    let applied = machine.applied();
+    let (mut machine, mut unfinished) = (restored.machine, restored.unfinished);
+    let mut applied = machine.applied();
     if let Some(birth) = birth {
         if applied.0 > 0 {
             return Err(StartError::Refused(format!(
@@ -334,18 +358,42 @@ fn read_directory(
         }
         birth.write_log(disk, &wal_dir)?;
     }
-    let mut beyond = None;
+    let mut to_install = None;
     let (log, recovered) = WalLog::open(disk.clone(), &wal_dir, |valid| {
-        beyond = valid.iter().map(walpb::Snapshot::index).filter(|index| *index > applied.0).max();
-        let reached = valid.iter().rev().find(|record| record.index() <= applied.0);
-        reached.filter(|_| persistent).cloned().unwrap_or_default()
+        let newest = newest(valid);
+        if newest.index() > applied.0 {
+            match installer.has_received(newest.index()) {
+                // An engine in memory has no other beginning than that of the log.
+                Ok(false) if !installer.is_persistent() => return walpb::Snapshot::default(),
+                _ => to_install = Some(installer.received(&newest, valid)),
+            }
+        }
+        newest
     })?;
-    if let Some(index) = beyond.filter(|_| persistent) {
-        return Err(StartError::Refused(format!(
-            "database file ({} index {applied}) does not match with snapshot (index {index})",
-            config.member.data_dir.join("member").display()
-        )));
+    if let Some(received) = to_install {
+        let received = received?;
+        let index = recovered.start.index();
+        if !installer.has_received(index)? {
+            return Err(StartError::Refused(format!(
+                "database file ({} index {applied}) does not match with snapshot (index {index})",
+                config.member.data_dir.join("member").display()
+            )));
+        }
+        drop(engine);
+        engine = installer.install(&received)?;
+        let restored = machine.replaced_by(&*engine.view()?)?;
+        (machine, unfinished) = (restored.machine, restored.unfinished);
+        applied = machine.applied();
+        tracing::info!(
+            "snapshot-index" = index,
+            "applied-index" = applied.0,
+            revision = machine.store.now().revision(),
+            "installed the database that came with the newest snapshot"
+        );
     }
+    // Of those received, an engine on disk holds what it needs.
+    let needed = recovered.start.index() + u64::from(installer.is_persistent());
+    snapshots.release_dbs(needed)?;
     // Whatever the engine has applied was on disk in the log before: this is another's or an older log.
     // Going on would give numbers to new entries that the engine takes for done.
     if applied.0 > recovered.last_index {
@@ -373,11 +421,11 @@ fn read_directory(
         member_id,
         cluster_id,
         engine,
+        installer,
         log,
         recovered,
         machine,
         unfinished,
-        persistent,
         remotes,
     })
 }
@@ -444,12 +492,13 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         receive_max: config.limits.max_request_bytes as usize + GRPC_OVERHEAD,
         reuse_port: config.listen.reuse_port,
         reuse_address: config.listen.reuse_address,
+        write_timeout: None,
     };
     // A port that is taken is found out before the directory is touched.
     let bound = bind_all(config, &options)?;
     let birth = bootstrap::birth(config, plan, server_version()).await?;
     let snapshots = SnapDir::open(disk.clone(), &config.member.snap_dir())?;
-    let mut found = read_directory(config, &disk, birth.as_ref())?;
+    let mut found = read_directory(config, &disk, &snapshots, birth.as_ref())?;
     if config.cluster.force_new && plan == Plan::Restart {
         let applied = found.machine.applied();
         bootstrap::force::force(
@@ -674,11 +723,18 @@ impl Running {
                 exit: exit.clone(),
                 metrics: Metrics::global(),
                 members: shared.published.load().members.clone(),
+                snapshots: Snapshots::new(
+                    Box::new(FromEngine {
+                        shared: shared.clone(),
+                        applier: applier_seat.addr(),
+                        snapshots: snapshots.clone(),
+                    }),
+                    snapshots.clone(),
+                ),
             },
             network::Options {
                 dial_timeout: PEER_DIAL_TIMEOUT + election,
                 read_timeout: config.raft.read_timeout,
-                write_timeout: config.raft.write_timeout,
             },
         );
         let door = Arc::new(Door { net: net.clone(), network: network_seat.addr() });
@@ -687,9 +743,11 @@ impl Running {
 
         let wal_addr = wal_seat.addr();
         let (log, to_raft, exit_wal) = (found.log, raft_addr.clone().recipient(), exit.clone());
+        let received = snapshots.clone();
         let sync = !config.storage.unsafe_no_fsync;
-        wal_seat
-            .start_in(&self.arbiter("wal"), move || WalWriter::new(log, to_raft, exit_wal, sync));
+        wal_seat.start_in(&self.arbiter("wal"), move || {
+            WalWriter::new(log, received, to_raft, exit_wal, sync)
+        });
 
         let committer = committer_seat.addr();
         let (to_applier, exit_committer) = (applier_seat.addr().recipient(), exit.clone());
@@ -697,6 +755,7 @@ impl Running {
             BatchCommitter::new(to_applier, exit_committer)
         });
 
+        let persistent = found.installer.is_persistent();
         let links = applier::Links {
             shared: shared.clone(),
             raft: raft_addr.clone(),
@@ -704,11 +763,16 @@ impl Running {
             watch: watch_seat.addr().recipient(),
             leases: lease_seat.addr().recipient(),
             promoted: lease_seat.addr().recipient(),
+            leases_replaced: lease_seat.addr().recipient(),
             compactor: compactor_seat.addr().recipient(),
+            store_replaced: compactor_seat.addr().recipient(),
             snapshotter: snapshot_seat.addr().recipient(),
+            installed: snapshot_seat.addr().recipient(),
+            installer: found.installer,
             peers: network_seat.addr().recipient(),
             exit: exit.clone(),
         };
+        let start = Index(found.recovered.start.index());
         let remotes = found.remotes;
         network_seat.start_in(peers_thread, move || Network::new(net, remotes));
         let applier_options = applier::Options {
@@ -716,8 +780,8 @@ impl Running {
             batch_limit: config.storage.batch_limit as usize,
             quota,
             // Without an engine that outlives the process, the whole log is needed.
-            snapshot_count: if found.persistent { config.raft.snapshot_count } else { u64::MAX },
-            snapshot_index: Index(found.recovered.start.index()),
+            snapshot_count: if persistent { config.raft.snapshot_count } else { u64::MAX },
+            snapshot_index: start,
             warning_apply: config.observe.warning_apply_duration,
         };
         let applier_addr = applier_seat.addr();
@@ -777,6 +841,8 @@ impl Running {
             wal_dir: config.member.wal_dir(),
             max_snapshots: config.raft.max_snapshots as usize,
             max_wals: config.raft.max_wals as usize,
+            persistent,
+            start,
         };
         let (snapshot_wal, exit_snapshot) = (wal_addr.clone(), exit.clone());
         snapshot_seat.start_in(&cold, move || {
@@ -959,7 +1025,14 @@ impl Daemon {
         failures: &mpsc::UnboundedSender<std::io::Error>,
     ) {
         for (what, url, bound, served) in self.listeners.extract_if(.., |(what, ..)| wanted(what)) {
-            let workers = if what == "peer" { &self.peer_workers } else { &self.workers };
+            let mut options = self.options;
+            let workers = if what == "peer" {
+                // A stream takes more for as long as its buffers do: this finds a peer that has gone.
+                options.write_timeout = Some(self.config.raft.write_timeout);
+                &self.peer_workers
+            } else {
+                &self.workers
+            };
             let serving = match what {
                 "peer" => "serving peer traffic",
                 "metrics" => "serving metrics",
@@ -967,7 +1040,7 @@ impl Daemon {
             };
             tracing::info!(address = url.as_str(), "{serving}");
             let accepting =
-                listener::accept(bound, served, workers.clone(), self.options, stop.subscribe());
+                listener::accept(bound, served, workers.clone(), options, stop.subscribe());
             let failures = failures.clone();
             actix::spawn(async move {
                 if let Err(error) = accepting.await {
@@ -1010,7 +1083,6 @@ impl Daemon {
     }
 }
 
-/// A member that does not listen any more must not look as if it did.
 /// What etcd says when its member has been removed, and why it stops.
 fn log_removed(config: &Config) {
     tracing::warn!(
@@ -1023,6 +1095,7 @@ fn log_removed(config: &Config) {
     );
 }
 
+/// A member that does not listen any more must not look as if it did.
 fn listener_ended(error: &std::io::Error) -> Ended {
     crate::fatal!(error = %full(error), "listener failed");
     Ended::Failed
@@ -1045,20 +1118,26 @@ fn signal_name(signal: Signal) -> &'static str {
 
 /// Skips most of the first election timeout once more than one other member can be reached: enough is
 /// left of it to hear of a leader that there may be (operations 2.9). A member that is alone campaigns
-/// by itself.
+/// by itself, and one that has a leader needs none.
 async fn advance_ticks(member: Arc<Member>, raft: crate::config::Raft) {
     let election_ticks = raft.election_ticks();
-    if member.now().members.members().len() == 1 {
-        return;
-    }
     if !raft.initial_election_tick_advance {
         tracing::info!("election-ticks" = election_ticks, "skipping initial election tick advance");
         return;
     }
-    tracing::info!("election-ticks" = election_ticks, "starting initial election tick advance");
     let deadline = Instant::now() + raft.read_timeout;
+    let mut told = false;
     while Instant::now() < deadline {
         tokio::time::sleep(REACHABLE_POLL).await;
+        if member.now().members.members().len() == 1 || member.shared.leader().is_some() {
+            return;
+        }
+        if !std::mem::replace(&mut told, true) {
+            tracing::info!(
+                "election-ticks" = election_ticks,
+                "starting initial election tick advance"
+            );
+        }
         let active = member.shared.reachable.count();
         if active > 1 {
             let ticks = election_ticks.saturating_sub(2);
@@ -1110,6 +1189,20 @@ async fn publish(member: &Arc<Member>, peers: &dyn Peers, config: &Config) -> bo
         member_id: member.shared.member_id.0,
         member_attributes: Some(membershippb::Attributes { name: name.clone(), client_urls }),
     });
+    // A member that has joined is sent the log first: what it publishes must suit the others.
+    while member.now().members.get(member.shared.member_id).is_none() {
+        tokio::time::sleep(REACHABLE_POLL).await;
+    }
+    if let Some(version) = member.now().members.cluster_version.filter(|v| *v < PUBLISH_LEAST) {
+        crate::fatal!(
+            {
+                "cluster-version" = %version,
+                "minimum-cluster-version-supported" = %PUBLISH_LEAST
+            },
+            "the members of this cluster are too old: they would stop at what this one publishes"
+        );
+        return false;
+    }
     loop {
         let proposed = match log_needs_v2(member, peers).await {
             Err(error) => Err(error),
@@ -1171,5 +1264,100 @@ fn notify_ready() {
     match send() {
         Ok(()) => tracing::info!("notified systemd: ready"),
         Err(error) => tracing::warn!(%error, "failed to notify systemd for readiness"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quorate_proto::raftpb;
+
+    use super::*;
+    use crate::actors::rig::{CLUSTER, LOCAL, Rig, put, transfer};
+
+    /// A data directory whose log begins with a snapshot that was received, and goes on for an entry; and
+    /// the snapshot's index.
+    fn received(engine: EngineKind) -> (tempfile::TempDir, Config, SnapDir, u64) {
+        let dir = tempfile::tempdir().unwrap();
+        let mut config = Config::default();
+        config.member.data_dir = dir.path().join("data");
+        config.storage.engine = engine;
+        let disk: SharedDisk = Arc::new(OsDisk);
+        let snapshots = SnapDir::open(disk.clone(), &config.member.snap_dir()).unwrap();
+        let snapshot = actix::System::new().block_on(async {
+            let mut rig = Rig::start(&dir.path().join("sender"), false);
+            rig.found();
+            rig.requests(vec![put("a", "1"), put("b", "2")]);
+            rig.applied().await;
+            transfer(&rig, &snapshots, dir.path()).await
+        });
+        snapshots.save(&snapshot).unwrap();
+        let raftpb::SnapshotMetadata { conf_state, index, term } = snapshot.metadata.unwrap();
+        let metadata = walpb::Metadata { node_id: Some(LOCAL), cluster_id: Some(CLUSTER) };
+        let mut log = WalLog::create(disk, &config.member.wal_dir(), &metadata).unwrap();
+        log.replace(&walpb::Snapshot { index: Some(index), term: Some(term), conf_state }).unwrap();
+        let entry = raftpb::Entry { term, index: index + 1, ..Default::default() };
+        let state = raftpb::HardState { term, vote: 0, commit: index };
+        log.append(&[entry], Some(&state)).unwrap();
+        log.close().unwrap();
+        (dir, config, snapshots, index)
+    }
+
+    fn read(config: &Config, snapshots: &SnapDir) -> Result<Found, StartError> {
+        read_directory(config, &(Arc::new(OsDisk) as SharedDisk), snapshots, None)
+    }
+
+    fn check(found: &Found, index: u64) {
+        assert_eq!(found.machine.applied(), Index(index));
+        assert_eq!(found.machine.store.now().live_keys(), 2);
+        assert_eq!(found.machine.members.local, MemberId(LOCAL));
+        assert_eq!(found.machine.members.cluster_id, ClusterId(CLUSTER));
+        assert_eq!((found.recovered.start.index(), found.recovered.entries.len()), (index, 1));
+        assert!(restore_node(&Config::default(), found).is_ok());
+    }
+
+    #[test]
+    fn a_start_installs_the_database_that_came_with_the_newest_snapshot() {
+        let (_dir, config, snapshots, index) = received(EngineKind::Redb);
+        // The engine as it was before: there, and empty.
+        let disk: SharedDisk = Arc::new(OsDisk);
+        drop(installer(&config, &disk, &snapshots).unwrap().open().unwrap());
+        check(&read(&config, &snapshots).unwrap(), index);
+        assert_eq!(snapshots.received_db(index).unwrap(), None, "the engine holds it");
+        check(&read(&config, &snapshots).unwrap(), index);
+    }
+
+    #[test]
+    fn a_start_that_finds_the_old_engine_out_of_the_way_installs_again() {
+        let (_dir, config, snapshots, index) = received(EngineKind::Redb);
+        let disk: SharedDisk = Arc::new(OsDisk);
+        drop(installer(&config, &disk, &snapshots).unwrap().open().unwrap());
+        let engine = engine_dir(&config).unwrap();
+        std::fs::rename(&engine, engine.with_file_name("engine-redb.replaced")).unwrap();
+        check(&read(&config, &snapshots).unwrap(), index);
+        assert!(!engine.with_file_name("engine-redb.replaced").exists());
+    }
+
+    #[test]
+    fn an_engine_in_memory_begins_with_the_received_database_each_time() {
+        let (_dir, config, snapshots, index) = received(EngineKind::Memory);
+        for _ in 0..2 {
+            check(&read(&config, &snapshots).unwrap(), index);
+            assert!(snapshots.received_db(index).unwrap().is_some());
+            snapshots.purge(1, index).unwrap();
+        }
+    }
+
+    #[test]
+    fn without_the_database_the_start_is_refused() {
+        let (_dir, config, snapshots, index) = received(EngineKind::Redb);
+        snapshots.release_dbs(index + 1).unwrap();
+        let refused = |what: &str| {
+            let error = read(&config, &snapshots).err().expect("refused").to_string();
+            assert!(error.contains(what), "{error}");
+        };
+        refused("of the backend is missing");
+        let disk: SharedDisk = Arc::new(OsDisk);
+        drop(installer(&config, &disk, &snapshots).unwrap().open().unwrap());
+        refused(&format!("index 0) does not match with snapshot (index {index})"));
     }
 }

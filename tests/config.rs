@@ -717,7 +717,18 @@ fn the_samples_hold() {
         names.push(path.file_name().unwrap().to_str().unwrap().to_owned());
     }
     names.sort();
-    assert_eq!(names, ["memory-engine.yml", "metrics.yml", "minimal.yml", "single.yml"]);
+    assert_eq!(
+        names,
+        [
+            "member-1.yml",
+            "member-2.yml",
+            "member-3.yml",
+            "memory-engine.yml",
+            "metrics.yml",
+            "minimal.yml",
+            "single.yml"
+        ]
+    );
 
     let path = directory.join("metrics.yml");
     let (config, _) = served(load(&["--config-file", path.to_str().unwrap()], &[]));
@@ -726,16 +737,61 @@ fn the_samples_hold() {
     assert_eq!((config.log.level, config.log.format), (LogLevel::Info, LogFormat::Json));
 }
 
+/// A sample's settings and the keys that it lists.
+fn sample(name: &str) -> (Config, BTreeSet<String>) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("config").join(name);
+    let (config, _) = served(load(&["--config-file", path.to_str().unwrap()], &[]));
+    let keys = config::file::keys(&path, &fs::read_to_string(&path).unwrap()).unwrap();
+    (config, keys.into_iter().collect())
+}
+
+#[test]
+fn the_members_samples_make_one_cluster() {
+    let (_, every_key) = sample("single.yml");
+    let mut members = Vec::new();
+    for n in 1..=3 {
+        let (config, listed) = sample(&format!("member-{n}.yml"));
+        assert_eq!(listed, every_key);
+        config.check_bootstrap(&|host| panic!("{host} is looked up")).unwrap();
+        assert_eq!(config.member.name, format!("member-{n}"));
+        assert_eq!(config.listen.peer_urls, config.cluster.advertise_peer_urls);
+        assert_eq!(config.listen.client_urls, config.cluster.advertise_client_urls);
+        members.push(config);
+    }
+    let ports = |urls: fn(&Config) -> &Vec<config::Url>| -> Vec<u16> {
+        members.iter().map(|config| urls(config)[0].port()).collect()
+    };
+    assert_eq!(ports(|config| &config.listen.client_urls), [2379, 22379, 32379]);
+    assert_eq!(ports(|config| &config.listen.peer_urls), [2380, 22380, 32380]);
+    for config in &members {
+        assert_eq!(config.cluster.initial, members[0].cluster.initial);
+        assert_eq!(config.cluster.token, members[0].cluster.token);
+        // All else is as in a cluster of one.
+        let single = Config::default();
+        let mut rest = config.clone();
+        rest.listen.peer_urls = single.listen.peer_urls.clone();
+        rest.listen.client_urls = single.listen.client_urls.clone();
+        for (have, want) in [
+            (&rest.raft as &dyn std::fmt::Debug, &single.raft as &dyn std::fmt::Debug),
+            (&rest.listen, &single.listen),
+            (&rest.limits, &single.limits),
+            (&rest.storage, &single.storage),
+            (&rest.auth, &single.auth),
+            (&rest.compaction, &single.compaction),
+            (&rest.watch, &single.watch),
+            (&rest.checks, &single.checks),
+            (&rest.observe, &single.observe),
+            (&rest.log, &single.log),
+        ] {
+            assert_eq!(format!("{have:?}"), format!("{want:?}"));
+        }
+    }
+}
+
 #[test]
 fn single_lists_every_supported_key_with_its_default() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("config").join("single.yml");
-    let (config, _) = served(load(&["--config-file", path.to_str().unwrap()], &[]));
+    let (config, listed) = sample("single.yml");
     assert_eq!(config, Config::default());
-
-    let listed: BTreeSet<String> = config::file::keys(&path, &fs::read_to_string(&path).unwrap())
-        .unwrap()
-        .into_iter()
-        .collect();
     // Without effect on a member that this release can serve.
     let idle = [
         "v2-deprecation",

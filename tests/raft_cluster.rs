@@ -123,6 +123,8 @@ struct Cluster {
     /// Percent of messages lost and doubled.
     loss: usize,
     double: usize,
+    /// Snapshots are made when they are sent: of what the sender has applied by then.
+    made_late: bool,
     /// What was committed, as the first member that applied it saw it.
     log: BTreeMap<u64, Entry>,
     leaders: BTreeMap<u64, u64>,
@@ -167,6 +169,7 @@ impl Cluster {
             cut: BTreeSet::new(),
             loss: 0,
             double: 0,
+            made_late: false,
             log: BTreeMap::new(),
             leaders: BTreeMap::new(),
             asked: BTreeMap::new(),
@@ -291,7 +294,14 @@ impl Cluster {
         if wanted {
             self.offer(id);
         }
-        for message in output.messages {
+        let sends = output.messages.iter().any(|message| message.r#type == SNAP);
+        let late = (self.made_late && sends).then(|| self.position(id));
+        for mut message in output.messages {
+            if message.r#type == SNAP
+                && let Some(metadata) = &late
+            {
+                message.snapshot.as_mut().expect("a snapshot").metadata = Some(metadata.clone());
+            }
             assert_eq!(message.from != 0, message.to != 0);
             let lost = self.random.chance(self.loss);
             if lost && message.r#type == SNAP {
@@ -307,14 +317,21 @@ impl Cluster {
         }
     }
 
-    /// Lets the member offer its state as a snapshot.
-    fn offer(&mut self, id: u64) {
+    /// How far the member has applied the log, and the members there.
+    fn position(&mut self, id: u64) -> SnapshotMetadata {
         let member = self.member(id);
         let applied = member.node().last_applied();
         let conf_state = member.confs.range(..=applied.0).next_back();
         let conf_state = conf_state.expect("applied conf changes").1.clone();
         let term = member.node().term_at(applied).expect("the applied entry is held");
-        member.node().set_snapshot(applied, term, conf_state);
+        SnapshotMetadata { conf_state: Some(conf_state), index: applied.0, term: term.0 }
+    }
+
+    /// Lets the member offer its state as a snapshot.
+    fn offer(&mut self, id: u64) {
+        let SnapshotMetadata { conf_state, index, term } = self.position(id);
+        let conf_state = conf_state.expect("a position has members");
+        self.node(id).set_snapshot(Index(index), Term(term), conf_state);
     }
 
     fn persist(&mut self, id: u64, count: usize) {
@@ -808,6 +825,47 @@ fn a_follower_too_far_behind_gets_a_snapshot() {
     cluster.start(follower);
     cluster.put(leader, "c");
     cluster.tick(2);
+    assert_eq!(cluster.members[&follower].applied, cluster.members[&leader].applied);
+}
+
+/// What is sent is newer than what raft was offered: the follower acknowledges more than was promised.
+#[test]
+fn a_snapshot_may_be_newer_than_the_one_on_offer() {
+    let mut cluster = Cluster::new(3, 21);
+    cluster.made_late = true;
+    let leader = cluster.elect();
+    let follower = cluster.ids().into_iter().find(|id| *id != leader).expect("three members");
+    cluster.cut.insert(follower);
+    for _ in 0..10 {
+        cluster.put(leader, "a");
+    }
+    cluster.offer(leader);
+    let offered = cluster.node(leader).last_applied();
+    cluster.node(leader).compact(offered);
+    for _ in 0..10 {
+        cluster.put(leader, "b");
+    }
+    let applied = cluster.node(leader).last_applied();
+    cluster.cut.clear();
+    cluster.tick(10);
+    assert_eq!(cluster.members[&follower].snapshots, 1);
+    assert_eq!(cluster.node(follower).first_index(), Index(applied.0 + 1));
+    cluster.put(leader, "c");
+    assert_eq!(cluster.members[&follower].applied, cluster.members[&leader].applied);
+    let status = cluster.node(leader).status();
+    let progress = status.progress.iter().find(|peer| peer.id.0 == follower).expect("a peer");
+    assert_eq!(progress.state, ProgressState::Replicate);
+    assert_eq!(progress.matched, status.last_index);
+    // The leader's log holds nothing more than what it has sent: the next one is enough, too.
+    cluster.cut.insert(follower);
+    cluster.put(leader, "d");
+    let applied = cluster.node(leader).last_applied();
+    cluster.node(leader).compact_to_bytes(0);
+    assert_eq!(cluster.node(leader).first_index(), Index(applied.0 + 1));
+    cluster.cut.clear();
+    cluster.tick(10);
+    assert_eq!(cluster.members[&follower].snapshots, 2);
+    cluster.put(leader, "e");
     assert_eq!(cluster.members[&follower].applied, cluster.members[&leader].applied);
 }
 

@@ -1,6 +1,6 @@
 //! The applier: committed entries in index order, once; replies, events, engine batches.
 //!
-//! in:  `Apply` from actors/raft.rs, `Committed` from actors/committer.rs, `CompactSlice` from
+//! in:  `Apply` (entries, or a snapshot in the place of all before) from actors/raft.rs, `Committed` from actors/committer.rs, `CompactSlice` from
 //!      actors/compactor.rs, `Checkpoint` from transport and the daemon, `Flush` from actors/export.rs
 //! out: `Applied`, `ConfChanged` to actors/raft.rs; `Events` to actors/watch.rs; `LeaseChanges` to
 //!      actors/lease.rs; `Members` to the peer network; `Commit` to actors/committer.rs; `Compacted` to actors/compactor.rs;
@@ -23,30 +23,34 @@ use tokio::sync::oneshot;
 
 use crate::actors::answer;
 use crate::actors::committer::{BatchCommitter, Commit, Committed};
-use crate::actors::compactor::Compacted;
+use crate::actors::compactor::{Compacted, StoreReplaced};
 use crate::actors::exit::Exit;
-use crate::actors::lease::{LeaseChanges, Promoted};
+use crate::actors::lease::{LeaseChanges, LeasesReplaced, Promoted};
 use crate::actors::peers::Members;
 use crate::actors::raft::{
     Abandon, Answer, Answered, Applied, ConfChanged, Proposal, RaftActor, RequestError, Requests,
 };
 use crate::actors::shared::{Published, Shared};
-use crate::actors::snapshot::TakeSnapshot;
+use crate::actors::snapshot::{Installed, TakeSnapshot};
 use crate::actors::watch::Events;
 use crate::core::apply::{Effects, Kind, Machine, Outcome, Reply};
 use crate::core::command::{Command, Request};
 use crate::core::event::EventKind;
-use crate::core::membership::{Membership, Version};
+use crate::core::membership::{ChangeContext, Membership, Version};
 use crate::core::mvcc::Values;
 use crate::core::mvcc::compact::{Compaction, Sliced};
 use crate::core::quota::Quota;
 use crate::core::types::{Index, MemberId, Term};
+use crate::logging;
 use crate::metrics::{Metrics, RequestKind};
+use crate::storage::install::{InstallError, Installer};
 
 /// Committed entries, and who waits for them (or for later ones).
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Apply {
+    /// Received from a leader and recorded in the log: takes the place of all state, before `entries`.
+    pub snapshot: Option<raftpb::Snapshot>,
     pub entries: Vec<raftpb::Entry>,
     pub waiters: Vec<(u64, oneshot::Sender<Answer>)>,
 }
@@ -105,8 +109,12 @@ pub struct Links {
     pub watch: Recipient<Events>,
     pub leases: Recipient<LeaseChanges>,
     pub promoted: Recipient<Promoted>,
+    pub leases_replaced: Recipient<LeasesReplaced>,
     pub compactor: Recipient<Compacted>,
+    pub store_replaced: Recipient<StoreReplaced>,
     pub snapshotter: Recipient<TakeSnapshot>,
+    pub installed: Recipient<Installed>,
+    pub installer: Installer,
     /// The peer network.
     pub peers: Recipient<Members>,
     pub exit: Exit,
@@ -124,6 +132,8 @@ pub struct Applier {
     compaction: Option<Compaction>,
     /// As it was shown last.
     cluster_version: Option<Version>,
+    /// Slices of compactions below it are of a store that was replaced.
+    compaction_floor: i64,
     committing: bool,
     cut_due: bool,
     last_durable: Instant,
@@ -159,6 +169,7 @@ impl Applier {
             waiters: Waiters::default(),
             held: Vec::new(),
             compaction: None,
+            compaction_floor: 0,
             committing: false,
             cut_due: false,
             last_durable: Instant::now(),
@@ -172,8 +183,20 @@ impl Applier {
     }
 
     fn apply(&mut self, apply: Apply, ctx: &mut Context<Self>) {
-        let Some(last) = apply.entries.last().map(|entry| Index(entry.index)) else { return };
         self.waiters.extend(apply.waiters);
+        let mut last = None;
+        if let Some(snapshot) = &apply.snapshot {
+            if let Err(error) = self.install(snapshot) {
+                return self.links.exit.fail("snapshot", &error);
+            }
+            last = snapshot.metadata.as_ref().map(|metadata| Index(metadata.index));
+            let local = self.links.shared.member_id;
+            if self.machine.members.removed().any(|id| id == local) {
+                self.stop_removed(ctx);
+            }
+        }
+        last = apply.entries.last().map(|entry| Index(entry.index)).or(last);
+        let Some(last) = last else { return };
         let engine = self.links.shared.published.load().engine.clone();
         let values = Values::new(&*engine);
         let size = || engine.size().unwrap_or(0);
@@ -219,6 +242,60 @@ impl Applier {
         self.links.raft.do_send(Applied(last));
         self.metrics.proposals_applied.set(last.0 as f64);
         self.after_change(ctx);
+    }
+
+    /// Takes over the state that a leader has sent: engine, store, leases, alarms, members. Whoever reads
+    /// the old one finishes with it. Those who wait for an entry that it covers are not told: what became of
+    /// it is not known here.
+    fn install(&mut self, snapshot: &raftpb::Snapshot) -> Result<(), InstallError> {
+        let metadata = snapshot.metadata.clone().unwrap_or_default();
+        let progress = |message: &str, applied: Index, index: Index| {
+            tracing::info!(
+                "current-snapshot-index" = index.0,
+                "current-applied-index" = applied.0,
+                "incoming-leader-snapshot-index" = metadata.index,
+                "incoming-leader-snapshot-term" = metadata.term,
+                "{message}"
+            );
+        };
+        progress("applying snapshot", self.machine.applied(), self.snapshot_index);
+        self.metrics.snapshot_apply_in_progress.set(1.0);
+        let shared = self.links.shared.clone();
+        // Giving space back goes by file names, which the new engine is about to take.
+        let reclaiming = shared.reclaiming.lock();
+        let engine = self.links.installer.install(snapshot)?;
+        let restored = self.machine.replaced_by(&*engine.view()?)?;
+        let before = self.machine.store.now().compact_revision();
+        self.machine = restored.machine;
+        let now = self.machine.store.now();
+        let (revision, compacted) = (now.revision(), now.compact_revision());
+        self.metrics.current_revision.set(revision as f64);
+        self.metrics.compact_revision.set(compacted as f64);
+        self.metrics.keys.set(now.live_keys() as f64);
+        self.compaction = None;
+        self.compaction_floor = restored.unfinished.unwrap_or(compacted + 1);
+        self.snapshot_index = self.machine.applied();
+        self.snapshot_wanted = false;
+        self.last_durable = Instant::now();
+        shared.published.store(Arc::new(Published::of(&self.machine, engine, None)));
+        drop(reclaiming);
+        // The hub has not been told of anything in between: it reads it from the new store.
+        self.links.watch.do_send(Events {
+            revision,
+            events: None,
+            compacted: (compacted > before).then_some(compacted),
+            bytes: 0,
+        });
+        self.links.leases_replaced.do_send(LeasesReplaced(self.machine.leases.clone()));
+        let unfinished = restored.unfinished;
+        self.links.store_replaced.do_send(StoreReplaced { compacted, unfinished });
+        self.links.installed.do_send(Installed(Index(metadata.index)));
+        self.links.peers.do_send(Members(shared.published.load().members.clone()));
+        self.show_alarms();
+        self.show_cluster_version();
+        self.metrics.snapshot_apply_in_progress.set(0.0);
+        progress("applied snapshot", self.machine.applied(), self.snapshot_index);
+        Ok(())
     }
 
     fn account(&self, outcome: &Outcome, took: Duration) {
@@ -275,13 +352,59 @@ impl Applier {
 
     fn conf_changed(&mut self, changed: ConfChanged, ctx: &mut Context<Self>) {
         if let Some(change) = &changed.change {
+            self.tell_change(change);
             let remove = change.r#type == raftpb::ConfChangeType::RemoveNode as i32;
             if remove && change.node_id == self.links.shared.member_id.0 {
-                // Others, and those who wait here, learn of it first.
-                ctx.run_later(REMOVED_STOPS_AFTER, |this, _| this.links.exit.removed());
+                self.stop_removed(ctx);
             }
         }
         self.links.raft.do_send(changed);
+    }
+
+    fn tell_change(&self, change: &raftpb::ConfChange) {
+        use raftpb::ConfChangeType as Type;
+        let shared = &self.links.shared;
+        let (cluster, local) = (shared.cluster_id, shared.member_id);
+        let id = MemberId(change.node_id);
+        let now = shared.published.load();
+        let member = now.members.get(id);
+        let urls = logging::list(member.iter().flat_map(|member| &member.peer_urls));
+        let promoted = serde_json::from_slice::<ChangeContext>(&change.context)
+            .is_ok_and(|context| context.is_promote);
+        match change.r#type() {
+            Type::AddNode if promoted => tracing::info!(
+                "cluster-id" = %cluster,
+                "local-member-id" = %local,
+                "promoted-member-id" = %id,
+                "promote member"
+            ),
+            Type::AddNode | Type::AddLearnerNode => tracing::info!(
+                "cluster-id" = %cluster,
+                "local-member-id" = %local,
+                "added-peer-id" = %id,
+                "added-peer-peer-urls" = urls.value(),
+                "added-peer-is-learner" = member.is_some_and(|member| member.is_learner),
+                "added member"
+            ),
+            Type::UpdateNode => tracing::info!(
+                "cluster-id" = %cluster,
+                "local-member-id" = %local,
+                "updated-remote-peer-id" = %id,
+                "updated-remote-peer-urls" = urls.value(),
+                "updated member"
+            ),
+            Type::RemoveNode => tracing::info!(
+                "cluster-id" = %cluster,
+                "local-member-id" = %local,
+                "removed-remote-peer-id" = %id,
+                "removed member"
+            ),
+        }
+    }
+
+    /// Others, and those who wait here, learn of it first.
+    fn stop_removed(&self, ctx: &mut Context<Self>) {
+        ctx.run_later(REMOVED_STOPS_AFTER, |this, _| this.links.exit.removed());
     }
 
     /// Raises the alarm for this member; the caller is answered when it is in force.
@@ -351,26 +474,35 @@ impl Applier {
             && let Some(version) = self.machine.members.cluster_version
         {
             let text = |version: Version| format!("{}.{}", version.major, version.minor);
+            let before = self.cluster_version;
+            self.show_cluster_version();
             let shared = &self.links.shared;
-            match self.cluster_version.replace(version) {
+            match before {
                 None => tracing::info!(
                     "cluster-id" = %shared.cluster_id,
                     "local-member-id" = %shared.member_id,
                     "cluster-version" = text(version),
                     "set initial cluster version"
                 ),
-                Some(from) => {
-                    self.metrics.cluster_version.with(&[&text(from)]).set(0.0);
-                    tracing::info!(
-                        "cluster-id" = %shared.cluster_id,
-                        "local-member-id" = %shared.member_id,
-                        from = text(from),
-                        to = text(version),
-                        "updated cluster version"
-                    );
-                }
+                Some(from) => tracing::info!(
+                    "cluster-id" = %shared.cluster_id,
+                    "local-member-id" = %shared.member_id,
+                    from = text(from),
+                    to = text(version),
+                    "updated cluster version"
+                ),
             }
-            self.metrics.cluster_version.with(&[&text(version)]).set(1.0);
+        }
+    }
+
+    fn show_cluster_version(&mut self) {
+        let now = self.machine.members.cluster_version;
+        let before = std::mem::replace(&mut self.cluster_version, now);
+        let gauges = [(before, 0.0), (now, 1.0)];
+        for (version, value) in gauges {
+            let Some(version) = version else { continue };
+            let text = format!("{}.{}", version.major, version.minor);
+            self.metrics.cluster_version.with(&[&text]).set(value);
         }
     }
 
@@ -451,7 +583,9 @@ impl Handler<Apply> for Applier {
         if self.links.exit.failed() {
             return;
         }
-        if !self.held.is_empty() || self.overlay_is_full() {
+        // The engine may be replaced only when nothing is being written to it.
+        let replaces = apply.snapshot.is_some() && self.committing;
+        if !self.held.is_empty() || replaces || self.overlay_is_full() {
             self.held.push(apply);
         } else {
             self.apply(apply, ctx);
@@ -530,6 +664,9 @@ impl Handler<CompactSlice> for Applier {
     type Result = MessageResult<CompactSlice>;
 
     fn handle(&mut self, slice: CompactSlice, ctx: &mut Self::Context) -> Self::Result {
+        if slice.at < self.compaction_floor {
+            return MessageResult(Sliced { dropped: 0, done: true });
+        }
         let mut compaction = match self.compaction.take() {
             Some(compaction) if !slice.first && compaction.at() == slice.at => compaction,
             _ => Compaction::new(slice.at),
@@ -544,5 +681,217 @@ impl Handler<CompactSlice> for Applier {
         }
         self.after_change(ctx);
         MessageResult(sliced)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use engine_api::Table;
+    use quorate_proto::etcdserverpb::watch_request::RequestUnion;
+    use quorate_proto::etcdserverpb::{WatchCreateRequest, WatchRequest, WatchResponse};
+    use tokio::sync::mpsc;
+
+    use super::*;
+    use crate::actors::disk::OsDisk;
+    use crate::actors::lease::ListLeases;
+    use crate::actors::rig::{
+        LEADER, LOCAL, PATIENCE, Rig, compact, db_path, grant, installer, open_redb, put, transfer,
+    };
+    use crate::actors::watch::{Ask, Open};
+    use crate::core::apply::CONSISTENT_INDEX;
+    use crate::core::types::LeaseId;
+    use crate::core::watch::StreamId;
+    use crate::storage::wal_log;
+
+    const MSG_APP_RESP: u32 = 4;
+
+    /// Two members that have the same beginning; the first goes on alone.
+    async fn apart(dirs: [&Path; 2], persistent: bool) -> (Rig, Rig) {
+        let mut rigs = dirs.map(|dir| Rig::start(dir, persistent));
+        for rig in &mut rigs {
+            rig.found();
+            rig.requests(vec![grant(5), put("k0", "0"), put("other", "0")]);
+            rig.applied().await;
+        }
+        let [mut ahead, behind] = rigs;
+        let puts = (1..300).map(|n| put(&format!("k{}", n % 7), &n.to_string()));
+        ahead.requests(puts.collect());
+        ahead.requests(vec![grant(6), compact(100), put("k9", "last")]);
+        ahead.applied().await;
+        (ahead, behind)
+    }
+
+    async fn watch(rig: &Rig, start: i64) -> mpsc::UnboundedReceiver<WatchResponse> {
+        let (sender, responses) = mpsc::unbounded_channel();
+        let stream = StreamId(start as u64 + 1);
+        rig.watch.do_send(Open { stream, responses: sender });
+        let create = WatchCreateRequest {
+            key: "k".into(),
+            range_end: "l".into(),
+            start_revision: start,
+            ..Default::default()
+        };
+        let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
+        assert_eq!(rig.watch.send(Ask { stream, request }).await, Ok(true));
+        responses
+    }
+
+    async fn next(responses: &mut mpsc::UnboundedReceiver<WatchResponse>) -> WatchResponse {
+        let response = tokio::time::timeout(PATIENCE, responses.recv()).await;
+        response.expect("a response in time").expect("the stream is open")
+    }
+
+    fn hashes(rig: &Rig) -> (u32, i64, i64) {
+        let (hash, revision, _) = rig.shared.hash_kv(0).expect("a hash");
+        (hash.hash, hash.compact_revision, revision)
+    }
+
+    fn takes_over_a_snapshot(persistent: bool) {
+        actix::System::new().block_on(async {
+            let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+            let (mut ahead, mut behind) = apart([dirs[0].path(), dirs[1].path()], persistent).await;
+            let old = behind.shared.published.load_full();
+            let mut responses = watch(&behind, 0).await;
+            assert!(next(&mut responses).await.created);
+
+            let received = transfer(&ahead, &behind.snapshots, dirs[0].path()).await;
+            let index = received.metadata.as_ref().unwrap().index;
+            assert_eq!(index, ahead.last().0);
+            behind.send_snapshot(received);
+            // What follows does not wait for the snapshot to be installed.
+            for rig in [&mut ahead, &mut behind] {
+                rig.requests(vec![put("k1", "after")]);
+            }
+            ahead.applied().await;
+            behind.applied().await;
+            assert_eq!(hashes(&behind), hashes(&ahead));
+
+            // Who reads the old state goes on with it.
+            let found = old.store.find(b"k0", old.store.revision()).expect("the key was there");
+            let value = old.store.value(&Values::new(&*old.engine), found.modified).unwrap();
+            assert_eq!(&value.parse().unwrap().value[..], b"0");
+            let now = behind.shared.published.load_full();
+            assert!(!Arc::ptr_eq(&now.engine, &old.engine));
+            assert_eq!(now.members.conf_state().voters, [LOCAL, LEADER]);
+            assert_eq!(now.members.local, MemberId(LOCAL));
+            assert_eq!(now.leases.get(LeaseId(6)).map(|lease| lease.ttl), Some(100));
+            let mut leases = behind.leases.send(ListLeases).await.unwrap();
+            leases.sort();
+            assert_eq!(leases, [LeaseId(5), LeaseId(6)]);
+
+            // The watcher was at a revision that is compacted now.
+            let lost = next(&mut responses).await;
+            assert!(lost.canceled, "{lost:?}");
+            assert_eq!(lost.compact_revision, 100);
+
+            // The leader hears of it, and goes on from there.
+            let acknowledged = async {
+                while let Some(message) = behind.sent.recv().await {
+                    if (message.r#type, message.index) == (MSG_APP_RESP, index + 1) {
+                        return;
+                    }
+                }
+            };
+            tokio::time::timeout(PATIENCE, acknowledged).await.expect("an acknowledgement");
+
+            // The log begins with the snapshot.
+            let disk = OsDisk;
+            let wal = dirs[1].path().join("wal");
+            let mut valid = Vec::new();
+            let log = wal_log::read(&disk, &wal, |found| {
+                valid = found.to_vec();
+                found.last().cloned().unwrap_or_default()
+            });
+            let log = log.unwrap();
+            assert_eq!((log.start.index(), log.last_index), (index, index + 1));
+            let loaded = behind.snapshots.load_newest(&valid).unwrap().snapshot.unwrap();
+            assert_eq!(loaded.metadata.unwrap().index, index);
+            behind.stop().await;
+            // Only an engine that forgets needs the database again.
+            assert_eq!(db_path(dirs[1].path(), index).exists(), !persistent);
+        });
+    }
+
+    #[test]
+    fn a_snapshot_takes_the_place_of_all_state_on_disk() {
+        takes_over_a_snapshot(true);
+    }
+
+    #[test]
+    fn a_snapshot_takes_the_place_of_all_state_in_memory() {
+        takes_over_a_snapshot(false);
+    }
+
+    #[test]
+    fn a_watcher_that_is_not_compacted_sees_each_missed_event_once() {
+        actix::System::new().block_on(async {
+            let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+            let mut ahead = Rig::start(dirs[0].path(), false);
+            let mut behind = Rig::start(dirs[1].path(), false);
+            for rig in [&mut ahead, &mut behind] {
+                rig.found();
+                rig.requests((0..20).map(|n| put("k", &n.to_string())).collect());
+                rig.applied().await;
+            }
+            let mut responses = watch(&behind, 0).await;
+            assert!(next(&mut responses).await.created);
+            ahead.requests((20..500).map(|n| put("k", &n.to_string())).collect());
+            ahead.applied().await;
+            let received = transfer(&ahead, &behind.snapshots, dirs[0].path()).await;
+            behind.send_snapshot(received);
+            behind.requests((500..520).map(|n| put("k", &n.to_string())).collect());
+            let mut seen = Vec::new();
+            while seen.len() < 500 {
+                for event in next(&mut responses).await.events {
+                    let pair = event.kv.expect("a pair").parse().expect("a pair");
+                    seen.push(String::from_utf8_lossy(&pair.value).into_owned());
+                }
+            }
+            let expected: Vec<_> = (20..520).map(|n: i32| n.to_string()).collect();
+            assert_eq!(seen, expected);
+        });
+    }
+
+    #[test]
+    fn an_engine_that_was_installed_goes_on_after_a_restart() {
+        let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let last = actix::System::new().block_on(async {
+            let (ahead, mut behind) = apart([dirs[0].path(), dirs[1].path()], true).await;
+            let received = transfer(&ahead, &behind.snapshots, dirs[0].path()).await;
+            behind.send_snapshot(received);
+            behind.requests(vec![put("k1", "after")]);
+            behind.applied().await;
+            let last = behind.last();
+            // Space is given back in the new engine's files, whose directory has another name by now.
+            behind.shared.published.load_full().engine.reclaim().unwrap();
+            behind.stop().await;
+            last
+        });
+        let engine = installer(Arc::new(OsDisk), dirs[1].path(), true);
+        engine.clean().unwrap();
+        let dir = dirs[1].path().join("engine-redb");
+        let engine = open_redb()(&dir).unwrap();
+        let view = engine.view().unwrap();
+        let index = view.get(Table::Meta, CONSISTENT_INDEX).unwrap().unwrap();
+        assert_eq!(index[..], last.0.to_be_bytes());
+    }
+
+    #[test]
+    fn a_missing_database_stops_the_member() {
+        actix::System::new().block_on(async {
+            let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+            let (ahead, mut behind) = apart([dirs[0].path(), dirs[1].path()], true).await;
+            let received = transfer(&ahead, &behind.snapshots, dirs[0].path()).await;
+            let index = received.metadata.as_ref().unwrap().index;
+            std::fs::remove_file(db_path(dirs[1].path(), index)).unwrap();
+            let before = behind.shared.published.load().applied;
+            behind.send_snapshot(received);
+            let reason = tokio::time::timeout(PATIENCE, behind.exits.recv()).await.unwrap();
+            let text = format!("{reason:?}");
+            assert!(text.contains("is missing") && text.contains(".snap.db"), "{text}");
+            assert_eq!(behind.shared.published.load().applied, before);
+        });
     }
 }

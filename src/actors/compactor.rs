@@ -1,6 +1,6 @@
 //! The compactor: drops superseded revisions in slices, and compacts by itself when told to.
 //!
-//! in:  `Compacted` from actors/applier.rs, `AwaitCompaction` from transport/grpc/kv.rs
+//! in:  `Compacted`, `StoreReplaced` from actors/applier.rs, `AwaitCompaction` from transport/grpc/kv.rs
 //! out: `CompactSlice` to actors/applier.rs, `Requests` (a compaction) to actors/raft.rs
 //!
 //! Before a compaction's first slice, what it covers is hashed (v3-api 6.6). Compactions are done one
@@ -32,6 +32,15 @@ use crate::metrics::Metrics;
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct Compacted(pub Scheduled);
+
+/// A snapshot of the leader has taken the place of the store, which is compacted at `compacted`;
+/// `unfinished` is what its sender was not done with.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct StoreReplaced {
+    pub compacted: i64,
+    pub unfinished: Option<i64>,
+}
 
 /// Answered when everything superseded up to this revision is gone from the engine. For a revision that
 /// is not compacted at all: when what is under way is done.
@@ -76,6 +85,8 @@ pub struct Compactor {
     /// Compactions to do, the first one under way.
     queue: VecDeque<Job>,
     running: bool,
+    /// Counts the stores: a slice of another one says nothing about this one.
+    store: u64,
     started: Instant,
     finished: i64,
     waiting: Vec<AwaitCompaction>,
@@ -100,6 +111,7 @@ impl Compactor {
             metrics: Metrics::global(),
             queue: unfinished.map(|at| Job { at, previous: None }).into_iter().collect(),
             running: false,
+            store: 0,
             started: Instant::now(),
             finished: -1,
             waiting: Vec::new(),
@@ -125,8 +137,12 @@ impl Compactor {
             return self.slice(true, ctx);
         };
         let scheduled = Scheduled { at, previous };
+        let store = self.store;
         let hashing = hash_in_slices(self.shared.clone(), scheduled, self.options).into_actor(self);
         ctx.spawn(hashing.map(move |hashed, this, ctx| {
+            if store != this.store {
+                return;
+            }
             match hashed {
                 Ok(None) => {}
                 Ok(Some(hash)) => {
@@ -151,11 +167,15 @@ impl Compactor {
     fn slice(&mut self, first: bool, ctx: &mut Context<Self>) {
         let Some(&Job { at, .. }) = self.queue.front() else { return };
         let limit = self.options.batch_limit;
+        let store = self.store;
         let sent = Instant::now();
         let slice = self.applier.send(CompactSlice { at, first, limit }).into_actor(self);
         ctx.spawn(slice.map(move |sliced, this, ctx| {
             // No applier, no store: the member is stopping.
             let Ok(sliced) = sliced else { return };
+            if store != this.store {
+                return;
+            }
             let pause_ms = sent.elapsed().as_secs_f64() * 1000.0;
             this.metrics.index_compaction_pause_ms.record(pause_ms);
             this.metrics.db_compaction_pause_ms.record(pause_ms);
@@ -163,7 +183,11 @@ impl Compactor {
             if sliced.done {
                 this.finish(at, ctx);
             } else {
-                ctx.run_later(this.options.sleep, |this, ctx| this.slice(false, ctx));
+                ctx.run_later(this.options.sleep, move |this, ctx| {
+                    if store == this.store {
+                        this.slice(false, ctx);
+                    }
+                });
             }
         }));
     }
@@ -303,6 +327,24 @@ impl Handler<Compacted> for Compactor {
     fn handle(&mut self, Compacted(scheduled): Compacted, ctx: &mut Self::Context) {
         let Scheduled { at, previous } = scheduled;
         self.queue.push_back(Job { at, previous: Some(previous) });
+        self.start(ctx);
+    }
+}
+
+impl Handler<StoreReplaced> for Compactor {
+    type Result = ();
+
+    fn handle(&mut self, replaced: StoreReplaced, ctx: &mut Self::Context) {
+        self.store += 1;
+        self.running = false;
+        self.queue.clear();
+        self.queue.extend(replaced.unfinished.map(|at| Job { at, previous: None }));
+        // They were taken on the store before.
+        self.shared.compaction_hashes.store(Arc::default());
+        if self.queue.is_empty() {
+            self.finished = self.finished.max(replaced.compacted);
+        }
+        self.release_waiting(ctx);
         self.start(ctx);
     }
 }

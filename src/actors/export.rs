@@ -156,3 +156,143 @@ impl BucketSource for Bucket<'_> {
         result
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::process::Command;
+
+    use quorate_proto::etcdserverpb as pb;
+
+    use super::*;
+    use crate::actors::rig::{LEADER, LOCAL, Rig, TERM, compact, grant, put};
+    use crate::core::apply::CONSISTENT_INDEX;
+    use crate::core::bbolt::Reader;
+    use crate::core::command::Request;
+    use crate::core::snap::V2Membership;
+
+    type Rows = Vec<(Vec<u8>, Vec<u8>)>;
+
+    fn rows(view: &dyn View, table: Table) -> Rows {
+        let mut rows = Vec::new();
+        view.scan(table, Bound::Unbounded, Bound::Unbounded, &mut |key, value| {
+            rows.push((key.to_vec(), value.to_vec()));
+            ControlFlow::Continue(())
+        })
+        .expect("a scan");
+        rows
+    }
+
+    fn bucket_rows(reader: &Reader<&[u8]>, table: Table) -> Rows {
+        let bucket = reader.bucket(table.name().as_bytes()).expect("sound");
+        let mut rows = Vec::new();
+        bucket
+            .expect("all ten buckets are there")
+            .scan(Bound::Unbounded, Bound::Unbounded, &mut |key, value| {
+                rows.push((key.to_vec(), value.to_vec()));
+                ControlFlow::Continue(())
+            })
+            .expect("sound");
+        rows
+    }
+
+    async fn filled(dir: &Path) -> Rig {
+        let mut rig = Rig::start(dir, true);
+        rig.found();
+        rig.requests(vec![grant(5), put("a", "1"), put("a", "2"), put("b", &"x".repeat(10_000))]);
+        rig.requests(vec![
+            Request::DeleteRange(pb::DeleteRangeRequest { key: "b".into(), ..Default::default() }),
+            compact(3),
+            put("c", "3"),
+        ]);
+        rig.applied().await;
+        rig
+    }
+
+    #[test]
+    fn what_is_said_of_a_database_is_read_from_it() {
+        actix::System::new().block_on(async {
+            let dir = tempfile::tempdir().expect("a directory");
+            let mut rig = filled(dir.path()).await;
+            let mut exported = export(&rig.shared, &rig.applier, dir.path()).await.unwrap();
+            let last = rig.last();
+            // What is applied later is not in it.
+            rig.requests(vec![put("later", "4")]);
+            rig.applied().await;
+
+            let mut bytes = Vec::new();
+            exported.db.read_to_end(&mut bytes).unwrap();
+            assert_eq!(bytes.len() as u64, exported.size);
+            let metadata = exported.snapshot.metadata.unwrap();
+            assert_eq!((metadata.index, metadata.term), (last.0, TERM.0));
+            let members = metadata.conf_state.unwrap();
+            assert_eq!((members.voters, members.learners), (vec![LOCAL, LEADER], vec![]));
+            let told = V2Membership::from_v2_store(&exported.snapshot.data).unwrap();
+            let names: Vec<_> = told.members.iter().map(|m| (m.id, &m.name[..])).collect();
+            assert_eq!(names, [(LOCAL, "m1"), (LEADER, "m2")]);
+            assert_eq!(told.cluster_version.as_deref(), Some("3.7.0"));
+
+            let reader = Reader::open(&bytes[..]).unwrap();
+            let meta = reader.bucket(b"meta").unwrap().unwrap();
+            let number = |key| meta.get(key).unwrap().map(|value| value.to_vec());
+            assert_eq!(number(CONSISTENT_INDEX), Some(last.0.to_be_bytes().to_vec()));
+            assert_eq!(number(b"term"), Some(1u64.to_be_bytes().to_vec()));
+            assert_eq!(number(STORAGE_VERSION), Some(b"3.7.0".to_vec()));
+            let conf_state = number(b"confState").unwrap();
+            assert_eq!(conf_state, br#"{"auto_leave":false,"voters":[1,2]}"#);
+            let now = rig.shared.published.load_full();
+            let (reply, flushed) = oneshot::channel();
+            rig.applier.do_send(Flush(reply));
+            flushed.await.unwrap();
+            let view = now.engine.view().unwrap();
+            for table in Table::ALL.into_iter().filter(|table| *table != Table::Meta) {
+                let mut held = rows(&*view, table);
+                if table == Table::Key {
+                    assert!(held.pop().is_some_and(|(_, later)| later.ends_with(b"4")));
+                }
+                assert_eq!(bucket_rows(&reader, table), held, "{table}");
+            }
+        });
+    }
+
+    #[test]
+    fn nothing_is_exported_before_anything_is_applied() {
+        actix::System::new().block_on(async {
+            let dir = tempfile::tempdir().expect("a directory");
+            let rig = Rig::start(dir.path(), false);
+            let refused = export(&rig.shared, &rig.applier, dir.path()).await;
+            assert!(matches!(refused, Err(ExportError::Empty)), "{refused:?}");
+            let missing = dir.path().join("missing");
+            let mut rig = rig;
+            rig.found();
+            rig.applied().await;
+            let refused = export(&rig.shared, &rig.applier, &missing).await.unwrap_err();
+            assert!(refused.to_string().starts_with("create a file in "), "{refused}");
+        });
+    }
+
+    #[test]
+    fn etcdctl_checks_and_restores_what_is_sent_to_members() {
+        actix::System::new().block_on(async {
+            let dir = tempfile::tempdir().expect("a directory");
+            let rig = filled(dir.path()).await;
+            let mut exported = export(&rig.shared, &rig.applier, dir.path()).await.unwrap();
+            let path = dir.path().join("sent.db");
+            std::io::copy(&mut exported.db, &mut File::create(&path).unwrap()).unwrap();
+            let etcdctl = |args: &[&str]| {
+                let mut command = Command::new("etcdctl");
+                command.env_clear().env("ETCDCTL_API", "3").args(args);
+                let output = command.arg(&path).output().expect("etcdctl is installed");
+                assert!(output.status.success(), "etcdctl {args:?}: {output:?}");
+                output.stdout
+            };
+            let status = etcdctl(&["snapshot", "status", "-w", "json"]);
+            let status: serde_json::Value = serde_json::from_slice(&status).unwrap();
+            assert_eq!(status["revision"], rig.shared.published.load().store.revision());
+            let restored = dir.path().join("restored");
+            let restored = restored.to_str().unwrap();
+            etcdctl(&["snapshot", "restore", "--skip-hash-check", "--data-dir", restored]);
+            assert!(dir.path().join("restored/member/snap/db").exists());
+        });
+    }
+}

@@ -1,6 +1,6 @@
 //! The lease manager: drives [`Lessor`] by the clock while this member leads.
 //!
-//! in:  `LeaseChanges` and `Promoted` from actors/applier.rs, `LeaderChanged` from actors/raft.rs,
+//! in:  `LeaseChanges`, `LeasesReplaced` and `Promoted` from actors/applier.rs, `LeaderChanged` from actors/raft.rs,
 //!      `Renewals`, `Remaining`, `ListLeases` from transport/grpc/lease.rs
 //! out: `AsLeader` (revokes, checkpoints) to actors/raft.rs
 //!
@@ -21,7 +21,8 @@ use crate::actors::shared::Shared;
 use crate::core::apply::LeaseChange;
 use crate::core::command::{Command, Request};
 use crate::core::lease::{
-    CHECKPOINT_BATCH, EXPIRED_PER_TICK, EXPIRY_TICK_MS, Lessor, LessorError, LessorOptions, Renewal,
+    CHECKPOINT_BATCH, EXPIRED_PER_TICK, EXPIRY_TICK_MS, LeaseTable, Lessor, LessorError,
+    LessorOptions, Renewal,
 };
 use crate::core::types::{LeaseId, Term};
 use crate::metrics::Metrics;
@@ -30,6 +31,11 @@ use crate::metrics::Metrics;
 #[derive(Message)]
 #[rtype(result = "()")]
 pub struct LeaseChanges(pub Vec<LeaseChange>);
+
+/// A snapshot of the leader has taken the place of all leases.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub struct LeasesReplaced(pub LeaseTable);
 
 /// The first entry of a term was applied: its leader, if it is this member, keeps the deadlines.
 #[derive(Message)]
@@ -76,6 +82,7 @@ const REVOKES_IN_FLIGHT: usize = 16;
 /// Owns the deadlines.
 pub struct LeaseManager {
     lessor: Lessor,
+    options: LessorOptions,
     shared: Arc<Shared>,
     raft: Addr<RaftActor>,
     election: Duration,
@@ -106,6 +113,7 @@ impl LeaseManager {
         drop(published);
         LeaseManager {
             lessor,
+            options,
             shared,
             raft,
             election,
@@ -235,6 +243,20 @@ impl Handler<LeaseChanges> for LeaseManager {
             }
         }
         self.schedule(ctx);
+    }
+}
+
+impl Handler<LeasesReplaced> for LeaseManager {
+    type Result = ();
+
+    fn handle(&mut self, LeasesReplaced(leases): LeasesReplaced, _: &mut Self::Context) {
+        // Only a follower is sent a snapshot: it keeps no deadlines until it is promoted.
+        self.lessor = Lessor::new(self.options);
+        self.lessor.restored(leases.iter().map(|(id, lease)| (id, lease.ttl, lease.remaining)));
+        self.expired.clear();
+        for reply in self.parked.drain().flat_map(|(_, replies)| replies) {
+            answer(reply, Renewed::NotPrimary);
+        }
     }
 }
 

@@ -13,6 +13,7 @@
 //! raft ── Send ──► transport/peer ── Step, Unreachable, SnapshotDone ──► raft
 //! applier ── Members ──► transport/peer
 //! applier ── TakeSnapshot ──► snapshot ── SaveSnapshot, Release ──► wal
+//! transport ── ChangeConf, TransferLeader, AwaitApplied ──► raft      daemon ── Abandon ──► raft ──► applier
 //! transport ── Renewals, Remaining ──► lease      transport ── Open, Ask, Delivered ──► watch
 //! ```
 //!
@@ -39,6 +40,8 @@ pub mod lease;
 pub mod monitor;
 pub mod peers;
 pub mod raft;
+#[cfg(test)]
+pub(crate) mod rig;
 pub mod shared;
 pub mod snapshot;
 pub mod spawn;

@@ -10,10 +10,10 @@
 //! It never blocks on a disk. Persist, then apply: the node hands out committed entries only after
 //! `Persisted` has told it that this member holds them.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use actix::prelude::*;
 use bytes::Bytes;
@@ -183,6 +183,15 @@ const READ_RETRY: Duration = Duration::from_millis(500);
 /// Work gathered before the node is driven without waiting for the mailbox to run dry.
 const DRIVE_AFTER: usize = 1024;
 
+/// Bytes of log that are kept in memory for slow followers, beside `catch_up_entries`: whichever is reached
+/// first. A follower that lacks more is sent a snapshot.
+const LOG_BYTES: usize = 64 << 20;
+/// The same while a snapshot is on its way, or has just arrived: its receiver goes on from its index, and
+/// would need another one if the log had left that behind. Entries are not counted then.
+const LOG_BYTES_HELD: usize = 512 << 20;
+/// How long after its arrival a snapshot holds the log (operations 6.3).
+const HOLD_AFTER_SNAPSHOT: Duration = Duration::from_secs(30);
+
 /// How the node runs.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
@@ -228,6 +237,15 @@ pub struct RaftActor {
     appends: usize,
     applies: usize,
     committed: Vec<raftpb::Entry>,
+    /// A snapshot received, and the number of the output that it came with: once that is on disk, it goes
+    /// to the applier, before anything in `committed`.
+    install: Option<(u64, raftpb::Snapshot)>,
+    /// The last number that is on disk.
+    persisted: u64,
+    /// Members to whom a snapshot is on its way, or to whom one came at that time.
+    sending: HashMap<MemberId, Option<Instant>>,
+    /// A follower needs a newer snapshot than the one on offer.
+    offer_due: bool,
     /// A hard state that no `Append` has carried yet; only its commit index is new.
     commit_state: Option<raftpb::HardState>,
     /// Proposals of this turn, to be proposed together: each proposal is a message to each follower.
@@ -275,6 +293,10 @@ impl RaftActor {
             appends: 0,
             applies: 0,
             committed: Vec::new(),
+            install: None,
+            persisted: 0,
+            sending: HashMap::new(),
+            offer_due: false,
             commit_state: None,
             proposals: Vec::new(),
             waiters: Vec::new(),
@@ -356,14 +378,26 @@ impl RaftActor {
             self.send(output.messages);
         }
         self.commit_state = output.hard_state.or(self.commit_state.take());
-        if output.must_sync || !output.entries.is_empty() {
-            self.append(output.number, output.entries, output.must_sync);
+        if output.snapshot_wanted.is_some() {
+            self.offer_due = true;
+            // With batches on their way to the applier, the node may know members of later ones already.
+            if self.applies == 0 {
+                self.offer_snapshot();
+            }
+        }
+        if let Some((number, snapshot)) = output.number.zip(output.snapshot) {
+            // Whatever waits here is part of it: it was committed before.
+            self.committed.clear();
+            self.install = Some((number, snapshot.clone()));
+            self.append(Some(number), Some(snapshot), output.entries, true);
+        } else if output.must_sync || !output.entries.is_empty() {
+            self.append(output.number, None, output.entries, output.must_sync);
         } else if let Some(number) = output.number {
             // A commit index that moved alone need not be on disk (formats-and-peers 1.5): it travels
             // with the next entries, or with the next tick. But what was handed out before it must be
             // on disk before this is acknowledged.
             if self.node.in_flight() > 1 {
-                self.append(Some(number), Vec::new(), false);
+                self.append(Some(number), None, Vec::new(), false);
             } else {
                 self.node.persisted(number);
             }
@@ -379,8 +413,47 @@ impl RaftActor {
         self.metrics.proposals_committed.set(committed.0 as f64);
     }
 
+    /// Offers followers the state at the applied index; what is sent is made when it is needed, and is
+    /// newer.
+    fn offer_snapshot(&mut self) {
+        let index = self.node.last_applied();
+        if let Some(term) = self.node.term_at(index).filter(|_| index.0 > 0) {
+            self.offer_due = false;
+            let members = self.node.conf_state();
+            self.node.set_snapshot(index, term, members);
+        }
+    }
+
+    /// Whether a follower is being sent a snapshot, or is going on from one.
+    fn log_is_held(&mut self) -> bool {
+        let shared = &self.shared;
+        self.sending.retain(|to, arrived| {
+            // Nobody reports what became of a snapshot for a member that is gone.
+            arrived.is_none_or(|at| at.elapsed() < HOLD_AFTER_SNAPSHOT)
+                && shared.published.load().members.get(*to).is_some()
+        });
+        !self.sending.is_empty()
+    }
+
+    /// Drops from memory what no follower should need.
+    fn compact(&mut self, applied: Index) {
+        let held = self.log_is_held();
+        let keep = self.options.catch_up_entries;
+        // Compacting moves memory, so it is done for a thousand entries at a time.
+        if !held && applied.0.saturating_sub(self.node.first_index().0) > keep + 1000 {
+            self.node.compact(Index(applied.0 - keep));
+        }
+        let bytes_max = if held { LOG_BYTES_HELD } else { LOG_BYTES };
+        if self.node.log_bytes() > bytes_max {
+            self.node.compact_to_bytes(bytes_max);
+        }
+    }
+
     fn send(&mut self, messages: Vec<raftpb::Message>) {
         let Some(peers) = &self.peers else { return };
+        for message in messages.iter().filter(|message| message.r#type == MSG_SNAP) {
+            self.sending.insert(MemberId(message.to), None);
+        }
         match peers.try_send(Send(messages)) {
             Ok(()) => {}
             Err(SendError::Full(Send(messages))) => {
@@ -396,14 +469,21 @@ impl RaftActor {
     fn undelivered(&mut self, message: &raftpb::Message) {
         let to = MemberId(message.to);
         if message.r#type == MSG_SNAP {
+            self.sending.remove(&to);
             self.node.report_snapshot(to, false);
         }
         self.node.report_unreachable(to);
     }
 
-    fn append(&mut self, number: Option<u64>, entries: Vec<raftpb::Entry>, must_sync: bool) {
+    fn append(
+        &mut self,
+        number: Option<u64>,
+        snapshot: Option<raftpb::Snapshot>,
+        entries: Vec<raftpb::Entry>,
+        must_sync: bool,
+    ) {
         let hard_state = self.commit_state.take();
-        self.wal.do_send(Append { number, entries, hard_state, must_sync });
+        self.wal.do_send(Append { number, snapshot, entries, hard_state, must_sync });
         self.appends = self.node.in_flight();
     }
 
@@ -420,6 +500,9 @@ impl RaftActor {
                 "elected leader {leader} at term {term}, seen by {}",
                 self.shared.member_id
             );
+        }
+        if !leading {
+            self.sending.clear();
         }
         if led && !leading {
             self.leases.do_send(LeaderChanged { leading: false, term: self.node.status().term });
@@ -475,11 +558,18 @@ impl RaftActor {
     }
 
     fn hand_out_committed(&mut self) {
-        if self.committed.is_empty() || self.applies >= APPLIES_IN_FLIGHT {
+        if self.applies >= APPLIES_IN_FLIGHT {
+            return;
+        }
+        let persisted = self.persisted;
+        let snapshot = self.install.take_if(|(number, _)| *number <= persisted).map(|(_, it)| it);
+        debug_assert!(self.install.is_none() || self.committed.is_empty());
+        if snapshot.is_none() && self.committed.is_empty() {
             return;
         }
         self.applies += 1;
         self.applier.do_send(Apply {
+            snapshot,
             entries: std::mem::take(&mut self.committed),
             waiters: std::mem::take(&mut self.waiters),
         });
@@ -511,7 +601,7 @@ impl RaftActor {
         self.node.tick();
         self.shared.raft.ticked.store(self.shared.now().0, Ordering::Release);
         if self.commit_state.is_some() && self.appends == 0 && !self.exit.failed() {
-            self.append(None, Vec::new(), false);
+            self.append(None, None, Vec::new(), false);
         }
         self.parked.retain(|proposal| !proposal.reply.is_closed());
         self.parked_changes.retain(|change| !change.reply.is_closed());
@@ -620,6 +710,10 @@ impl Handler<SnapshotDone> for RaftActor {
     type Result = ();
 
     fn handle(&mut self, SnapshotDone { to, ok }: SnapshotDone, ctx: &mut Self::Context) {
+        match ok {
+            true => self.sending.insert(to, Some(Instant::now())),
+            false => self.sending.remove(&to),
+        };
         self.node.report_snapshot(to, ok);
         self.drive_soon(ctx);
     }
@@ -637,6 +731,7 @@ impl Handler<Persisted> for RaftActor {
     type Result = ();
 
     fn handle(&mut self, Persisted(number): Persisted, ctx: &mut Self::Context) {
+        self.persisted = number;
         self.node.persisted(number);
         self.appends = self.node.in_flight();
         self.drive_soon(ctx);
@@ -655,11 +750,10 @@ impl Handler<Applied> for RaftActor {
                 answer(waiter, Ok(()));
             }
         }
-        let keep = self.options.catch_up_entries;
-        // Compacting moves memory, so it is done for a thousand entries at a time.
-        if index.0.saturating_sub(self.node.first_index().0) > keep + 1000 {
-            self.node.compact(Index(index.0 - keep));
+        if self.offer_due {
+            self.offer_snapshot();
         }
+        self.compact(index);
         self.drive_soon(ctx);
     }
 }

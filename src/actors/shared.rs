@@ -101,6 +101,8 @@ pub struct Shared {
     pub compaction_hashes: ArcSwap<CompactionHashes>,
     /// Set while the engine gives space back.
     pub defragmenting: AtomicBool,
+    /// Held while it does, and while it is replaced: both go by the names of its files.
+    pub reclaiming: Mutex<()>,
     /// What the applier has told the watch hub and the hub has not heard yet.
     pub unwatched: Backlog,
     started: Instant,
@@ -123,6 +125,7 @@ impl Shared {
             reachable: Arc::default(),
             compaction_hashes: ArcSwap::default(),
             defragmenting: AtomicBool::new(false),
+            reclaiming: Mutex::new(()),
             unwatched: Backlog::default(),
             started: Instant::now(),
             next_request: AtomicU64::new(first),

@@ -1,6 +1,7 @@
 //! The snapshotter: records that the engine has reached an index, so that the log before it can go.
 //!
-//! in:  `TakeSnapshot` from actors/applier.rs, after the engine has that index on disk
+//! in:  `TakeSnapshot` from actors/applier.rs, after the engine has that index on disk; `Installed`
+//!      from there, after it has taken over a received database
 //! out: `SaveSnapshot` and `Release` to actors/wal.rs
 //!
 //! Order that may never change: engine on disk, then `.snap` file on disk, then its WAL record, then
@@ -35,6 +36,11 @@ pub struct TakeSnapshot {
     pub members: Arc<Membership>,
 }
 
+/// The engine has taken over the database received with the snapshot at this index.
+#[derive(Message, Clone, Copy, PartialEq, Eq, Debug)]
+#[rtype(result = "()")]
+pub struct Installed(pub Index);
+
 const PURGE_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Where files are and how many stay.
@@ -45,6 +51,10 @@ pub struct Options {
     pub max_snapshots: usize,
     /// WAL segments kept; 0 for all.
     pub max_wals: usize,
+    /// The engine outlives the process: a received database is not needed once it is installed.
+    pub persistent: bool,
+    /// Where the log began at the start. Databases received before are not needed.
+    pub start: Index,
 }
 
 /// Owns the snapshot directory.
@@ -54,6 +64,8 @@ pub struct Snapshotter {
     wal: Addr<WalWriter>,
     exit: Exit,
     options: Options,
+    /// Received databases from here on are or may be needed.
+    needed: Index,
     metrics: &'static Metrics,
 }
 
@@ -66,10 +78,11 @@ impl Snapshotter {
         exit: Exit,
         options: Options,
     ) -> Self {
-        Snapshotter { disk, snapshots, wal, exit, options, metrics: Metrics::global() }
+        let needed = options.start;
+        Snapshotter { disk, snapshots, wal, exit, options, needed, metrics: Metrics::global() }
     }
 
-    fn take(&self, snapshot: &TakeSnapshot) -> Result<(), SnapError> {
+    fn take(&mut self, snapshot: &TakeSnapshot) -> Result<(), SnapError> {
         let started = std::time::Instant::now();
         let conf_state = snapshot.members.conf_state();
         let raft = raftpb::Snapshot {
@@ -89,7 +102,16 @@ impl Snapshotter {
             term: Some(snapshot.term.0),
             conf_state: Some(conf_state),
         }));
-        self.wal.do_send(Release(snapshot.index));
+        self.release(snapshot.index, snapshot.index)
+    }
+
+    /// Lets go of the log, and of databases received, that lie before a snapshot.
+    fn release(&mut self, log: Index, databases: Index) -> Result<(), SnapError> {
+        self.wal.do_send(Release(log));
+        self.needed = self.needed.max(databases);
+        for path in self.snapshots.release_dbs(self.needed.0)? {
+            tracing::info!(path = %path.display(), "purged");
+        }
         Ok(())
     }
 
@@ -100,10 +122,10 @@ impl Snapshotter {
     }
 
     fn purge_all(&self) -> Result<(), Box<dyn Error>> {
-        let Options { wal_dir, max_snapshots, max_wals } = &self.options;
+        let Options { wal_dir, max_snapshots, max_wals, .. } = &self.options;
         let mut removed = Vec::new();
         if *max_snapshots > 0 {
-            removed.extend(self.snapshots.purge(*max_snapshots)?);
+            removed.extend(self.snapshots.purge(*max_snapshots, self.needed.0)?);
         }
         if *max_wals > 0 {
             removed.extend(wal_log::purge(&*self.disk, wal_dir, *max_wals)?);
@@ -140,6 +162,18 @@ impl Actor for Snapshotter {
         // A member that never lives for an interval must not gather files without end.
         self.purge(ctx);
         ctx.run_interval(PURGE_INTERVAL, Self::purge);
+    }
+}
+
+impl Handler<Installed> for Snapshotter {
+    type Result = ();
+
+    fn handle(&mut self, Installed(index): Installed, _: &mut Self::Context) {
+        // An engine in memory begins with it at the next start.
+        let databases = Index(index.0 + u64::from(self.options.persistent));
+        if let Err(error) = self.release(index, databases) {
+            self.exit.fail("snapshot", &error);
+        }
     }
 }
 

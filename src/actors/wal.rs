@@ -12,6 +12,7 @@ use quorate_proto::{raftpb, walpb};
 use crate::actors::exit::Exit;
 use crate::core::types::Index;
 use crate::metrics::Metrics;
+use crate::storage::snap_dir::{SnapDir, SnapError};
 use crate::storage::wal_log::{WalError, WalLog};
 
 /// Puts entries and hard state into the log.
@@ -20,6 +21,9 @@ use crate::storage::wal_log::{WalError, WalLog};
 pub struct Append {
     /// What to answer with once this is on disk; `None` if nobody waits.
     pub number: Option<u64>,
+    /// Received from a leader: replaces the whole log, and comes before `entries`. Its database is on
+    /// disk already.
+    pub snapshot: Option<raftpb::Snapshot>,
     pub entries: Vec<raftpb::Entry>,
     pub hard_state: Option<raftpb::HardState>,
     /// False for a commit index that moved alone: it may be lost (formats-and-peers 1.5).
@@ -55,9 +59,19 @@ pub const APPENDS_IN_FLIGHT: usize = 4;
 /// Room for the appends in flight and the rare messages of the snapshotter.
 pub const MAILBOX: usize = 64;
 
+/// Why something is not on disk.
+#[derive(thiserror::Error, Debug)]
+enum WriteError {
+    #[error(transparent)]
+    Log(#[from] WalError),
+    #[error(transparent)]
+    Snapshot(#[from] SnapError),
+}
+
 /// Owns the WAL.
 pub struct WalWriter {
     log: WalLog,
+    snapshots: SnapDir,
     raft: Recipient<Persisted>,
     exit: Exit,
     metrics: &'static Metrics,
@@ -67,13 +81,22 @@ pub struct WalWriter {
     entries_waiting: usize,
     must_sync: bool,
     flush_due: bool,
+    /// Index of the newest snapshot recorded by this process.
+    recorded: u64,
 }
 
 impl WalWriter {
     /// A writer at the end of `log`. `sync` is false only for `--unsafe-no-fsync`.
-    pub fn new(log: WalLog, raft: Recipient<Persisted>, exit: Exit, sync: bool) -> Self {
+    pub fn new(
+        log: WalLog,
+        snapshots: SnapDir,
+        raft: Recipient<Persisted>,
+        exit: Exit,
+        sync: bool,
+    ) -> Self {
         WalWriter {
             log,
+            snapshots,
             raft,
             exit,
             metrics: Metrics::global(),
@@ -82,10 +105,28 @@ impl WalWriter {
             entries_waiting: 0,
             must_sync: false,
             flush_due: false,
+            recorded: 0,
         }
     }
 
-    fn append(&mut self, append: Append) -> Result<(), WalError> {
+    /// The snapshot's file, then its record: an orphan file is harmless, a record without one is not.
+    fn replace(&mut self, snapshot: &raftpb::Snapshot) -> Result<(), WriteError> {
+        self.snapshots.save(snapshot)?;
+        let raftpb::SnapshotMetadata { conf_state, index, term } =
+            snapshot.metadata.clone().unwrap_or_default();
+        self.log.replace(&walpb::Snapshot {
+            index: Some(index),
+            term: Some(term),
+            conf_state: Some(conf_state.unwrap_or_default()),
+        })?;
+        self.recorded = index;
+        Ok(())
+    }
+
+    fn append(&mut self, append: Append) -> Result<(), WriteError> {
+        if let Some(snapshot) = &append.snapshot {
+            self.replace(snapshot)?;
+        }
         let started = std::time::Instant::now();
         self.log.append(&append.entries, append.hard_state.as_ref())?;
         self.metrics.wal_write_seconds.record(started.elapsed());
@@ -95,7 +136,7 @@ impl WalWriter {
         Ok(())
     }
 
-    fn flush(&mut self) -> Result<(), WalError> {
+    fn flush(&mut self) -> Result<(), WriteError> {
         if self.must_sync && self.sync {
             let took = self.log.sync()?;
             self.metrics.wal_fsync_seconds.record(took);
@@ -121,7 +162,7 @@ impl WalWriter {
     }
 
     /// Runs `work` unless the log has failed before; a failure stops the member.
-    fn guarded(&mut self, work: impl FnOnce(&mut Self) -> Result<(), WalError>) {
+    fn guarded(&mut self, work: impl FnOnce(&mut Self) -> Result<(), WriteError>) {
         if self.exit.failed() {
             return;
         }
@@ -161,13 +202,19 @@ impl Handler<SaveSnapshot> for WalWriter {
     type Result = ();
 
     fn handle(&mut self, SaveSnapshot(record): SaveSnapshot, _: &mut Self::Context) {
+        // One of this member's own that a received one has overtaken: the log begins behind it.
+        if record.index() <= self.recorded {
+            return;
+        }
+        self.recorded = record.index();
         self.guarded(|this| {
             // A snapshot counts only below the commit index that the log knows, which may lag.
             if this.log.hard_state().commit < record.index() {
                 let state = raftpb::HardState { commit: record.index(), ..this.log.hard_state() };
                 this.log.append(&[], Some(&state))?;
             }
-            this.log.save_snapshot(&record).map(|_| ())
+            this.log.save_snapshot(&record)?;
+            Ok(())
         });
     }
 }

@@ -25,7 +25,7 @@ use crate::config::{ClusterState, Config, ConfigError, Url};
 use crate::core::membership::Version;
 use crate::core::raft::confchange::ConfChangeError;
 use crate::core::types::{ClusterId, Index, MemberId};
-use crate::storage::wal_log::{WalError, WalLog};
+use crate::storage::wal_log::{WalError, WalLog, WalOptions};
 
 /// How long, and how often, a host name of a first start is looked up (operations 2.3).
 pub const RESOLVE_PATIENCE: Duration = Duration::from_secs(30);
@@ -57,7 +57,7 @@ pub enum BootstrapError {
         "member {0} is a learner and holds no vote: --force-new-cluster needs a member that votes"
     )]
     Learner(MemberId),
-    #[error("log entry {index}")]
+    #[error("log entry {index}: {source}")]
     BadChange { index: Index, source: ConfChangeError },
     #[error(transparent)]
     Wal(#[from] WalError),
@@ -100,20 +100,18 @@ pub struct Birth {
 }
 
 impl Birth {
-    /// Writes the log that the member begins with, to the disk.
+    /// Writes the log that the member begins with, to the disk: whole, or a crash leaves none.
     ///
     /// # Errors
-    /// What the log says; there may be part of a log then.
+    /// What the log says.
     pub fn write_log(&self, disk: &SharedDisk, wal_dir: &Path) -> Result<(), WalError> {
         let metadata = walpb::Metadata {
             node_id: Some(self.member_id.0),
             cluster_id: Some(self.cluster_id.0),
         };
-        let mut log = WalLog::create(disk.clone(), wal_dir, &metadata)?;
-        log.append(&self.entries, Some(&self.hard_state))?;
-        log.sync()?;
-        log.close()?;
-        Ok(())
+        let options = WalOptions::default();
+        let (entries, state) = (&self.entries, &self.hard_state);
+        WalLog::create_holding(disk.clone(), wal_dir, &metadata, entries, state, options)?.close()
     }
 }
 

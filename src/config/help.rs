@@ -10,6 +10,7 @@ pub const USAGE: &str = "\
 Usage:
   quorate [serve] [flags]         serve a member of a cluster
   quorate --config-file <path>    the same, with all settings from a file
+  quorate local-cluster [flags]   a cluster on this machine, to try it out
   quorate --version               print versions
   quorate --help                  print all flags
 ";

@@ -168,11 +168,9 @@ pub fn silence(
     let lost = if now.leader.0 == 0 {
         false
     } else if now.leader == members.local {
-        let connected = members
-            .members()
-            .filter(|member| member.id == members.local.0 || reached(MemberId(member.id)))
-            .count();
-        connected < quorum(members.members().len())
+        let others = members.members().filter(|member| member.id != members.local.0);
+        1 + others.filter(|member| reached(MemberId(member.id))).count()
+            < quorum(members.members().len())
     } else {
         !reached(now.leader)
     };

@@ -526,8 +526,13 @@ impl Replay {
                     self.entries.truncate(position as usize);
                     self.last_index = entry.index;
                     self.entries.push(entry);
-                } else if entry.index == start_index {
-                    self.term_at_start = Some(entry.term);
+                } else {
+                    // Also from here on everything is replaced, what lies behind the start included.
+                    self.entries.clear();
+                    self.last_index = start_index;
+                    if entry.index == start_index {
+                        self.term_at_start = Some(entry.term);
+                    }
                 }
             }
             RecordKind::State => self.hard_state = decode(kind, data)?,
@@ -592,6 +597,24 @@ fn decode<M: Message + Default>(kind: RecordKind, data: &[u8]) -> Result<M, Dama
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// What a leader has overwritten stays so, also if it wrote no further than the start.
+    #[test]
+    fn entries_behind_the_start_are_void_once_earlier_ones_are_replaced() {
+        let mut replay = Replay::new(5, 2);
+        let mut take = |kind, data: Vec<u8>| replay.take(kind, &data).unwrap();
+        take(RecordKind::Metadata, walpb::Metadata::default().encode_to_vec());
+        for index in 3..9 {
+            take(RecordKind::Entry, entry(1, index, b"old").encode_to_vec());
+        }
+        for index in 4..6 {
+            take(RecordKind::Entry, entry(2, index, b"new").encode_to_vec());
+        }
+        let snapshot = walpb::Snapshot { index: Some(5), term: Some(2), conf_state: None };
+        take(RecordKind::Snapshot, snapshot.encode_to_vec());
+        let replayed = replay.finish().unwrap();
+        assert_eq!((replayed.entries, replayed.last_index), (vec![], 5));
+    }
 
     fn entry(term: u64, index: u64, data: &'static [u8]) -> raftpb::Entry {
         raftpb::Entry { r#type: 0, term, index, data: Bytes::from_static(data) }

@@ -62,7 +62,12 @@ pub enum InstallError {
          {:x?} and learners {:x?}",
         path.display(), conf_state.voters, conf_state.learners
     )]
-    Members { path: PathBuf, voters: Vec<u64>, learners: Vec<u64>, conf_state: raftpb::ConfState },
+    Members {
+        path: PathBuf,
+        voters: Vec<u64>,
+        learners: Vec<u64>,
+        conf_state: Box<raftpb::ConfState>,
+    },
 }
 
 /// Installs what was received in `snaps`.
@@ -335,6 +340,7 @@ fn mend(
     if membership.conf_state() != conf_state {
         let raftpb::ConfState { voters, learners, .. } = stored.members.conf_state();
         let path = path.to_path_buf();
+        let conf_state = Box::new(conf_state);
         return Err(InstallError::Members { path, voters, learners, conf_state });
     }
     for member in stored.members.members() {
@@ -354,4 +360,206 @@ fn sorted(mut conf_state: raftpb::ConfState) -> raftpb::ConfState {
     conf_state.voters.sort_unstable();
     conf_state.learners.sort_unstable();
     conf_state
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+    use crate::actors::disk::{Disk, DiskFile, OsDisk};
+    use crate::actors::export::{For, write_bbolt};
+    use crate::actors::rig::{installer, open_redb};
+    use crate::core::membership::{Member, Membership};
+
+    /// A disk that stops doing anything to directories after some operations, as if the power had failed.
+    #[derive(Debug)]
+    struct Halting(AtomicUsize);
+
+    impl Halting {
+        fn go_on(&self) -> io::Result<()> {
+            let left =
+                self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1));
+            left.map(|_| ()).map_err(|_| io::Error::other("the power has failed"))
+        }
+    }
+
+    impl Disk for Halting {
+        fn open(&self, path: &Path, how: Open) -> io::Result<Box<dyn DiskFile>> {
+            OsDisk.open(path, how)
+        }
+        fn create_dir_all(&self, path: &Path) -> io::Result<()> {
+            OsDisk.create_dir_all(path)
+        }
+        fn list(&self, dir: &Path) -> io::Result<Vec<String>> {
+            OsDisk.list(dir)
+        }
+        fn exists(&self, path: &Path) -> io::Result<bool> {
+            OsDisk.exists(path)
+        }
+        fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+            self.go_on()?;
+            OsDisk.rename(from, to)
+        }
+        fn remove_file(&self, path: &Path) -> io::Result<()> {
+            OsDisk.remove_file(path)
+        }
+        fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
+            self.go_on()?;
+            OsDisk.remove_dir_all(path)
+        }
+        fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+            self.go_on()?;
+            OsDisk.sync_dir(dir)
+        }
+    }
+
+    fn member(id: u64, is_learner: bool) -> Member {
+        let peer_urls = vec![format!("http://127.0.0.1:{id}")];
+        Member { id, peer_urls, is_learner, ..Member::default() }
+    }
+
+    /// An engine's content at `index`.
+    fn content(index: u64, members: &[Member], meta: &[(&'static [u8], &'static str)]) -> Batch {
+        let mut batch = Batch::default();
+        batch.put(Table::Meta, CONSISTENT_INDEX, index.to_be_bytes().to_vec());
+        for (key, value) in meta {
+            batch.put(Table::Meta, *key, *value);
+        }
+        for member in members {
+            let json = serde_json::to_vec(member).unwrap();
+            batch.put(Table::Members, MemberId(member.id).to_string(), json);
+        }
+        for n in 0..25_000u64 {
+            batch.put(Table::Key, n.to_be_bytes().to_vec(), index.to_string());
+        }
+        batch
+    }
+
+    /// Puts a database with `batch` where one for `index` would be received.
+    fn receive(dir: &Path, index: u64, batch: &Batch) {
+        let engine = engine_memory::Memory::new();
+        engine.commit(batch, Durability::Buffered).unwrap();
+        let snaps = SnapDir::open(Arc::new(OsDisk), &dir.join("snap")).unwrap();
+        let mut receiver = snaps.receive_db(index).unwrap();
+        write_bbolt(&*engine.view().unwrap(), For::Member, &mut receiver).unwrap();
+        receiver.finish().unwrap();
+    }
+
+    fn snapshot(index: u64, voters: &[u64], told: &[Member]) -> raftpb::Snapshot {
+        let mut membership = Membership::new(ClusterId(0), MemberId(0), 1);
+        membership.restore(told.to_vec(), [MemberId(9)]);
+        let conf_state = raftpb::ConfState { voters: voters.to_vec(), ..Default::default() };
+        raftpb::Snapshot {
+            data: crate::actors::snapshot::v2_membership(&membership).to_v2_store().into(),
+            metadata: Some(raftpb::SnapshotMetadata {
+                conf_state: Some(conf_state),
+                index,
+                term: 4,
+            }),
+        }
+    }
+
+    fn stored(engine: &dyn Engine) -> Stored {
+        let blank = Membership::new(ClusterId(0), MemberId(0), 1);
+        Stored::read(&*engine.view().unwrap(), blank).unwrap()
+    }
+
+    #[test]
+    fn a_crash_at_any_step_leaves_the_old_engine_or_the_new_one() {
+        let mut seen = Vec::new();
+        for halt in 0.. {
+            let dir = tempfile::tempdir().unwrap();
+            let dir = dir.path();
+            receive(dir, 9, &content(9, &[member(1, false)], &[]));
+            let engine = open_redb()(&dir.join("engine-redb")).unwrap();
+            engine.commit(&content(3, &[member(1, false)], &[]), Durability::Durable).unwrap();
+            drop(engine);
+            // What an earlier attempt has left half done.
+            std::fs::create_dir(dir.join("engine-redb.installing")).unwrap();
+            std::fs::write(dir.join("engine-redb.installing/data.redb"), "half").unwrap();
+
+            let halting = Arc::new(Halting(AtomicUsize::new(halt)));
+            let received = snapshot(9, &[1], &[]);
+            let installed = installer(halting, dir, true).install(&received);
+            let done = installed.is_ok();
+            if let Ok(engine) = installed {
+                assert_eq!(stored(&*engine).applied.0, 9);
+            }
+            let installer = installer(Arc::new(OsDisk), dir, true);
+            installer.clean().unwrap();
+            let engine = installer.open().unwrap();
+            let applied = stored(&*engine).applied.0;
+            seen.push(applied);
+            drop(engine);
+            let engine = match applied {
+                3 => installer.install(&received).unwrap(),
+                _ => installer.open().unwrap(),
+            };
+            assert_eq!(stored(&*engine).applied.0, 9, "halted after {halt}");
+            let view = engine.view().unwrap();
+            let last = view.last(Table::Key).unwrap().unwrap();
+            assert_eq!(last, (24_999u64.to_be_bytes().to_vec().into(), "9".into()));
+            let mut names = OsDisk.list(dir).unwrap();
+            names.retain(|name| name.starts_with("engine"));
+            assert_eq!(names, ["engine-redb"], "halted after {halt}");
+            if done {
+                break;
+            }
+        }
+        assert!(seen.is_sorted() && seen.len() > 5, "{seen:?}");
+        assert!(seen.contains(&3) && seen.contains(&9), "{seen:?}");
+    }
+
+    #[test]
+    fn what_an_older_release_left_out_is_taken_from_the_snapshot() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        // 3.4 knows no term, has 2 still for a learner, and has not forgotten 9.
+        let stale = [member(1, false), member(2, true), member(9, false)];
+        receive(dir, 9, &content(9, &stale, &[]));
+        let installer = installer(Arc::new(OsDisk), dir, false);
+        let told = [member(1, false), member(2, false)];
+        let engine = installer.install(&snapshot(9, &[2, 1], &told)).unwrap();
+        let found = stored(&*engine);
+        assert_eq!(found.term.0, 4);
+        assert_eq!(found.members.conf_state().voters, [1, 2]);
+        assert_eq!(found.members.removed().collect::<Vec<_>>(), [MemberId(9)]);
+        // Nobody tells what is right.
+        let error = installer.install(&snapshot(9, &[1, 2], &[])).err().unwrap();
+        assert!(matches!(error, InstallError::Members { .. }), "{error}");
+        assert!(error.to_string().contains("learners [2], but its snapshot has voters [1, 2]"));
+    }
+
+    #[test]
+    fn a_database_that_cannot_stand_for_the_snapshot_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path();
+        let installer = installer(Arc::new(OsDisk), dir, true);
+        let refused = |index, voters: &[u64]| {
+            let error = installer.install(&snapshot(index, voters, &[])).err().unwrap();
+            assert!(!dir.join("engine-redb").exists());
+            error.to_string()
+        };
+        assert!(refused(8, &[1]).ends_with(
+            "0000000000000008.snap.db is missing, although a snapshot at index 8 says that it was \
+             received"
+        ));
+        receive(dir, 10, &content(9, &[member(1, false)], &[]));
+        let text = refused(10, &[1]);
+        assert!(text.ends_with(" index 9) does not match with snapshot (index 10)"), "{text}");
+        receive(dir, 11, &content(11, &[member(1, false)], &[(STORAGE_VERSION, "3.8.0")]));
+        let text = refused(11, &[1]);
+        assert!(
+            text.ends_with("storage version \"3.8.0\", newer than this server's 3.7"),
+            "{text}"
+        );
+        let snaps = SnapDir::open(Arc::new(OsDisk), &dir.join("snap")).unwrap();
+        let mut receiver = snaps.receive_db(12).unwrap();
+        receiver.write(&[7; 8192]).unwrap();
+        receiver.finish().unwrap();
+        let text = refused(12, &[1]);
+        assert!(text.ends_with("not a bbolt file: no valid meta page"), "{text}");
+    }
 }

@@ -164,15 +164,16 @@ impl SnapDir {
     }
 
     /// Removes the oldest snapshots as long as more than `keep` remain, and in the same way the
-    /// received backends; 0 keeps all. Answers what was removed.
+    /// received backends, of which those for `needed` or a later snapshot stay in any case; 0 keeps all.
+    /// Answers what was removed.
     ///
     /// # Errors
     /// `Io`.
-    pub fn purge(&self, keep: usize) -> Result<Vec<PathBuf>, SnapError> {
+    pub fn purge(&self, keep: usize, needed: u64) -> Result<Vec<PathBuf>, SnapError> {
         let mut removed =
             super::purge(&*self.disk, &self.dir, keep, |name| name.ends_with(".snap"))?;
-        removed
-            .extend(super::purge(&*self.disk, &self.dir, keep, |name| name.ends_with(".snap.db"))?);
+        let old = |name: &str| parse_db_name(name).is_some_and(|of| of < needed);
+        removed.extend(super::purge(&*self.disk, &self.dir, keep, old)?);
         Ok(removed)
     }
 
@@ -353,8 +354,9 @@ mod tests {
             snaps.save(&snapshot(1, index)).unwrap();
             snaps.receive_db(index).unwrap().finish().unwrap();
         }
-        assert_eq!(snaps.purge(0).unwrap(), Vec::<PathBuf>::new());
-        assert_eq!(snaps.purge(3).unwrap().len(), 2);
+        assert_eq!(snaps.purge(0, 9).unwrap(), Vec::<PathBuf>::new());
+        assert_eq!(snaps.purge(3, 1).unwrap().len(), 1);
+        assert_eq!(snaps.purge(3, 5).unwrap().len(), 1);
         assert_eq!(snaps.release_dbs(4).unwrap().len(), 2);
         assert_eq!(
             mem.list(Path::new("/s")).unwrap(),

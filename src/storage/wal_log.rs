@@ -177,6 +177,22 @@ impl WalLog {
         metadata: &walpb::Metadata,
         options: WalOptions,
     ) -> Result<Self, WalError> {
+        Self::create_holding(disk, dir, metadata, &[], &raftpb::HardState::default(), options)
+    }
+
+    /// As [`WalLog::create_with`], with these entries, from index 1 on, and this hard state in it from
+    /// the first moment that there is a log: all of it is on the disk when this returns.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn create_holding(
+        disk: SharedDisk,
+        dir: &Path,
+        metadata: &walpb::Metadata,
+        entries: &[raftpb::Entry],
+        hard_state: &raftpb::HardState,
+        options: WalOptions,
+    ) -> Result<Self, WalError> {
         if has_log(&*disk, dir)? {
             return Err(WalError::Exists { dir: dir.to_path_buf() });
         }
@@ -199,6 +215,12 @@ impl WalLog {
         encoder.crc_record(&mut buffer);
         encoder.metadata(&metadata, &mut buffer);
         encoder.snapshot(&walpb::Snapshot::default(), &mut buffer);
+        for entry in entries {
+            encoder.entry(entry, &mut buffer);
+        }
+        if *hard_state != raftpb::HardState::default() {
+            encoder.hard_state(hard_state, &mut buffer);
+        }
         file.write_at(&buffer, 0).map_err(FileError::at("write", &path))?;
         file.sync_all().map_err(FileError::at("sync", &path))?;
         disk.sync_dir(&aside).map_err(FileError::at("sync", &aside))?;
@@ -225,8 +247,8 @@ impl WalLog {
             buffer,
             dirty: false,
             sync_needed: false,
-            hard_state: raftpb::HardState::default(),
-            last_index: 0,
+            hard_state: *hard_state,
+            last_index: entries.last().map_or(0, |entry| entry.index),
             written_bytes: tail_at,
             failed: None,
         })
@@ -369,6 +391,27 @@ impl WalLog {
         self.last_index = self.last_index.max(snapshot.index());
         let outcome = self.sync_tail();
         self.keep(outcome)
+    }
+
+    /// Puts in the place of all entries the snapshot that a leader has sent, whose file is on disk. Its
+    /// commit index goes with it: a record above the commit index does not count, so that a crash leaves
+    /// either both or the log as it was. As with [`WalLog::append`], a sync is owed.
+    ///
+    /// # Errors
+    /// `Io`, as [`WalLog::append`].
+    /// # Panics
+    /// If the configuration is missing: etcd refuses to read that.
+    pub fn replace(&mut self, snapshot: &walpb::Snapshot) -> Result<(), WalError> {
+        assert!(snapshot.conf_state.is_some(), "a snapshot record has a configuration");
+        self.check()?;
+        self.encoder.snapshot(snapshot, &mut self.buffer);
+        self.last_index = snapshot.index();
+        self.sync_needed = true;
+        if self.hard_state.commit < snapshot.index() {
+            self.hard_state.commit = snapshot.index();
+            self.encoder.hard_state(&self.hard_state, &mut self.buffer);
+        }
+        Ok(())
     }
 
     /// Gives up the locks of segments that hold only entries below `index`, so that [`purge`] may
@@ -1067,6 +1110,90 @@ mod tests {
         assert_eq!(recovered.last_index, 90);
         assert_eq!(recovered.entries[..89], expected[..89]);
         assert_eq!(recovered.entries[89], entry(2, 90, 10));
+    }
+
+    #[test]
+    fn a_log_is_created_with_all_that_it_begins_with_or_not_at_all() {
+        let entries = [entry(1, 1, 300), entry(1, 2, 300)];
+        let begin =
+            |disk| WalLog::create_holding(disk, dir(), &metadata(), &entries, &state(1, 2), SMALL);
+        let mut faults = 0;
+        loop {
+            let (mem, disk) = mem();
+            mem.fail_from(mem.changes() + faults, Fault::Io);
+            let created = begin(disk).is_ok();
+            for seed in 0..8 {
+                let after = mem.crash(seed);
+                if has_log(&after, dir()).unwrap() {
+                    let (_, recovered) = reopen(&after).unwrap();
+                    assert_eq!(recovered.entries, entries, "fault at {faults}");
+                    assert_eq!(recovered.hard_state, state(1, 2));
+                } else {
+                    assert!(!created);
+                }
+            }
+            if created {
+                break;
+            }
+            faults += 1;
+        }
+        assert!(faults > 4, "{faults}");
+
+        let (mem, disk) = mem();
+        let mut log = begin(disk).unwrap();
+        assert_eq!((log.last_index(), log.hard_state()), (2, state(1, 2)));
+        log.append(&[entry(2, 3, 5)], None).unwrap();
+        log.close().unwrap();
+        assert_eq!(reopen(&mem).unwrap().1.last_index, 3);
+    }
+
+    #[test]
+    fn a_received_snapshot_replaces_the_log_wherever_it_is_cut_short() {
+        let (mem, disk) = mem();
+        let mut log = WalLog::create_with(disk, dir(), &metadata(), SMALL).unwrap();
+        // The last ones were never committed, and reach beyond the snapshot.
+        let old: Vec<_> = (1..=30).map(|index| entry(1, index, 50)).collect();
+        log.append(&old, Some(&state(1, 5))).unwrap();
+        log.sync().unwrap();
+        log.replace(&snapshot(20, 2)).unwrap();
+        assert!(log.sync_needed());
+        let new: Vec<_> = (21..=80).map(|index| entry(2, index, 100)).collect();
+        let (few, rest) = new.split_at(5);
+        let mut outcomes = [0, 0];
+        let mut crash = |mem: &MemDisk| {
+            for seed in 0..100 {
+                let crashed: SharedDisk = Arc::new(mem.crash(seed));
+                let (_, found) = WalLog::open_with(crashed, dir(), SMALL, newest).unwrap();
+                let count = found.entries.len();
+                match found.start.index() {
+                    0 => assert_eq!((&found.entries[..], found.hard_state.commit), (&old[..], 5)),
+                    20 => assert_eq!(found.entries, new[..count], "seed {seed}"),
+                    other => panic!("a start at {other}"),
+                }
+                assert!(found.hard_state.commit >= found.start.index());
+                assert!(found.hard_state.commit <= found.last_index, "seed {seed}");
+                outcomes[usize::from(found.start.index() > 0)] += 1;
+            }
+        };
+        log.append(few, Some(&state(2, 25))).unwrap();
+        log.flush().unwrap();
+        crash(&mem);
+        // So many that a segment is cut among them.
+        log.append(rest, None).unwrap();
+        log.flush().unwrap();
+        crash(&mem);
+        assert_eq!((log.last_index(), log.hard_state()), (80, state(2, 25)));
+        assert!(outcomes[0] > 0 && outcomes[1] > 100, "{outcomes:?}");
+        log.sync().unwrap();
+        // The log goes on, is compacted and cut, and is still the one after the snapshot.
+        let (mut log, found) =
+            WalLog::open_with(Arc::new(mem.crash(0)), dir(), SMALL, newest).unwrap();
+        assert_eq!((found.start.index(), found.last_index), (20, 80));
+        assert_eq!(found.entries, new);
+        log.append(&[entry(2, 81, 10)], Some(&state(2, 81))).unwrap();
+        log.save_snapshot(&snapshot(81, 2)).unwrap();
+        log.release_to(81);
+        log.close().unwrap();
     }
 
     #[test]

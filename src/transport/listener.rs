@@ -53,6 +53,9 @@ pub struct Options {
     pub receive_max: usize,
     pub reuse_port: bool,
     pub reuse_address: bool,
+    /// After which a connection ends whose other side takes nothing of what it is sent; `None` for as
+    /// long as TCP goes on trying.
+    pub write_timeout: Option<Duration>,
 }
 
 /// Time that a client has to send the head of an HTTP/1.1 request (v3-api 7.3).
@@ -484,7 +487,7 @@ pub async fn accept(
             match &listener {
                 Listener::Tcp(listener) => {
                     let (stream, _) = listener.accept().await?;
-                    if let Err(error) = tune(&stream) {
+                    if let Err(error) = tune(&stream, options.write_timeout) {
                         // A client that has left already; serving it finds that out.
                         tracing::debug!(%error, "cannot set the options of a connection");
                     }
@@ -524,11 +527,15 @@ pub async fn accept(
     Ok(())
 }
 
-fn tune(stream: &tokio::net::TcpStream) -> io::Result<()> {
+fn tune(stream: &tokio::net::TcpStream, write_timeout: Option<Duration>) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let keepalive =
         socket2::TcpKeepalive::new().with_time(TCP_KEEPALIVE).with_interval(TCP_KEEPALIVE);
-    socket2::SockRef::from(stream).set_tcp_keepalive(&keepalive)
+    let socket = socket2::SockRef::from(stream);
+    if write_timeout.is_some() {
+        socket.set_tcp_user_timeout(write_timeout)?;
+    }
+    socket.set_tcp_keepalive(&keepalive)
 }
 
 /// Whether accepting can go on: the client left, its network failed (Linux passes such errors of the

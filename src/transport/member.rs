@@ -236,11 +236,9 @@ impl Member {
         change.id = self.shared.next_id();
         let (kind, node) = (change.r#type(), MemberId(change.node_id));
         let (reply, answer) = oneshot::channel();
-        let pending = Pending::new(self.metrics);
         let sent = self.raft.send(ChangeConf { change, reply }).await;
         sent.map_err(|_| RequestError::Stopped)?;
         let answer = answer.await;
-        drop(pending);
         answer.map_err(|_| RequestError::Stopped)??;
         tracing::info!(
             "local-member-id" = %self.shared.member_id,

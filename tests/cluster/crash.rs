@@ -3,11 +3,11 @@
 use std::time::Instant;
 
 use crate::rig::cluster::Options;
-use crate::scenario::{cannot_serve, others, outage_max, under_load};
+use crate::scenario::{cannot_serve, measured, others, outage_max, under_load};
 
 #[test]
 fn the_leader_is_killed() {
-    under_load(Options::default(), async |cluster, recorder| {
+    measured(Options::default(), async |cluster, recorder| {
         let leader = cluster.leader().await;
         cluster.kill(leader);
         let killed = Instant::now();
@@ -22,14 +22,14 @@ fn the_leader_is_killed() {
 
 #[test]
 fn a_follower_is_killed_again_and_again() {
-    under_load(Options::brisk(), async |cluster, recorder| {
+    measured(Options::brisk(), async |cluster, recorder| {
         for _ in 0..3 {
             let follower = cluster.follower().await;
             cluster.kill(follower);
             let killed = Instant::now();
             let outage = cluster.writable_after(&others(follower), killed).await;
             println!("writable {outage:?} after a follower was killed");
-            assert!(outage <= cluster.options.election(), "no writes for {outage:?}");
+            assert!(outage <= outage_max(&cluster.options), "no writes for {outage:?}");
             recorder.progress(30).await;
             cluster.run(follower);
             cluster.wait_serving(follower).await;
@@ -87,7 +87,7 @@ fn one_after_the_other_is_restarted_in_order() {
 
 #[test]
 fn the_leader_stands_still_and_wakes_up() {
-    under_load(Options::brisk(), async |cluster, recorder| {
+    measured(Options::brisk(), async |cluster, recorder| {
         let leader = cluster.leader().await;
         cluster.pause(leader);
         let paused = Instant::now();

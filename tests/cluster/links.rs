@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 use crate::record::Recorder;
 use crate::rig::cluster::{Cluster, Options};
 use crate::rig::net::Rule;
-use crate::scenario::{cannot_serve, others, outage_max, under_load};
+use crate::scenario::{cannot_serve, measured, others, outage_max, under_load};
 
 #[test]
 fn the_leader_is_cut_off() {
-    under_load(Options::default(), async |cluster, recorder| {
+    measured(Options::default(), async |cluster, recorder| {
         let leader = cluster.leader().await;
         let rest = others(leader);
         cluster.net.part(&[leader], &rest);
@@ -27,12 +27,12 @@ fn the_leader_is_cut_off() {
 
 #[test]
 fn a_follower_is_cut_off() {
-    under_load(Options::brisk(), async |cluster, recorder| {
+    measured(Options::brisk(), async |cluster, recorder| {
         let follower = cluster.follower().await;
         cluster.net.part(&[follower], &others(follower));
         let parted = Instant::now();
         let outage = cluster.writable_after(&others(follower), parted).await;
-        assert!(outage <= cluster.options.election(), "no writes for {outage:?}");
+        assert!(outage <= outage_max(&cluster.options), "no writes for {outage:?}");
         cannot_serve(cluster, follower).await;
         recorder.progress(30).await;
         cluster.net.heal();
@@ -91,7 +91,7 @@ fn each_hears_only_one_other() {
 
 #[test]
 fn slow_links() {
-    under_load(Options::default(), async |cluster, recorder| {
+    measured(Options::default(), async |cluster, recorder| {
         let delay = Duration::from_millis(200);
         cluster.net.set_all(3, Rule { delay, ..Rule::default() });
         let leader = cluster.leader().await;

@@ -5,8 +5,13 @@
 #[path = "../linearizability/check/mod.rs"]
 mod check;
 mod crash;
+mod disk;
+mod engines;
 mod links;
+mod members;
 #[path = "../linearizability/record.rs"]
 mod record;
+mod refuse;
 mod rig;
 mod scenario;
+mod snapshot;

@@ -1,11 +1,12 @@
 //! What all tests here share: a cluster with clients on every member, something that happens to it, and
 //! the judges at the end.
 
+use std::future::Future;
+use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
 
 use tonic::Status;
 
-use crate::check::Summary;
 use crate::record::{Load, Recorder};
 use crate::rig;
 use crate::rig::client::Client;
@@ -16,22 +17,53 @@ use crate::rig::process::Program;
 /// Calls that are answered before and after what happens.
 const WARM: usize = 60;
 
+/// Held by all tests, and alone by one that measures how long something takes.
+static MACHINE: RwLock<()> = RwLock::new(());
+
 /// Runs a cluster of three under load through `event`; afterwards it is healed, and all that its
 /// clients saw must be true, their writes kept, the watches gapless, the members equal.
 pub fn under_load(options: Options, event: impl AsyncFnOnce(&mut Cluster, &mut Recorder)) {
-    under_load_of(Load::default(), options, async |cluster, recorder| {
+    // A test that failed has left nothing behind that this lock protects.
+    let _shared = MACHINE.read().unwrap_or_else(PoisonError::into_inner);
+    healed(options, event);
+}
+
+/// The same, with no other test of this binary beside it.
+pub fn measured(options: Options, event: impl AsyncFnOnce(&mut Cluster, &mut Recorder)) {
+    let _alone = MACHINE.write().unwrap_or_else(PoisonError::into_inner);
+    healed(options, event);
+}
+
+fn healed(options: Options, event: impl AsyncFnOnce(&mut Cluster, &mut Recorder)) {
+    run(Load::default(), options, async |cluster, recorder| {
         event(cluster, recorder).await;
         cluster.heal();
         vec![0, 1, 2]
     });
 }
 
-/// The same; `event` leaves the cluster whole, and answers who is a member in the end.
+/// Under load of some other kind; `event` leaves the cluster whole, and answers who is a member in the
+/// end.
 pub fn under_load_of(
     load: Load,
     options: Options,
     event: impl AsyncFnOnce(&mut Cluster, &mut Recorder) -> Vec<Node>,
-) -> Summary {
+) {
+    let _shared = MACHINE.read().unwrap_or_else(PoisonError::into_inner);
+    run(load, options, event);
+}
+
+/// A test that brings its own cluster.
+pub fn with_own_cluster<T>(test: impl Future<Output = T>) -> T {
+    let _shared = MACHINE.read().unwrap_or_else(PoisonError::into_inner);
+    rig::run(test)
+}
+
+fn run(
+    load: Load,
+    options: Options,
+    event: impl AsyncFnOnce(&mut Cluster, &mut Recorder) -> Vec<Node>,
+) {
     rig::run(async {
         let mut cluster = Cluster::start(Program::from_env(), 3, options).await;
         let mut recorder = Recorder::start(&cluster, &[0, 1, 2], load);
@@ -41,8 +73,8 @@ pub fn under_load_of(
             cluster.wait_serving(*node).await;
         }
         recorder.progress(WARM).await;
-        recorder.verify(&cluster, &members).await
-    })
+        recorder.verify(&cluster, &members).await;
+    });
 }
 
 /// The bound on how long there may be no writes after a leader is lost.

@@ -13,6 +13,7 @@ mod rig;
 
 use std::time::{Duration, Instant};
 
+use check::Violation;
 use nemesis::Nemesis;
 use record::{Load, Recorder};
 use rig::cluster::{Cluster, Options};
@@ -36,5 +37,25 @@ fn under_faults_clients_see_one_store() {
         println!("{:?}", nemesis.done);
         let summary = recorder.verify(&cluster, &[0, 1, 2]).await;
         assert!(summary.unknown > 0, "the faults have hit nobody: {summary:?}");
+    });
+}
+
+/// What a member that is cut off says of the past, taken for the present, is found.
+#[test]
+fn old_reads_of_a_real_cluster_are_found() {
+    rig::run(async {
+        let cluster = Cluster::start(Program::from_env(), 3, Options::brisk()).await;
+        let deadline = Duration::from_millis(300);
+        let load = Load { trust_serializable: true, deadline, ..Load::default() };
+        let recorder = Recorder::start(&cluster, &[0, 1, 2], load);
+        let follower = cluster.follower().await;
+        let others: Vec<_> = (0..3).filter(|node| *node != follower).collect();
+        cluster.net.part(&[follower], &others);
+        recorder.reads_by(follower, 10).await;
+        cluster.net.heal();
+        let violations = recorder.judge(&cluster, &[0, 1, 2]).await.unwrap_err();
+        let stale = |found: &&Violation| matches!(found, Violation::Stale { .. });
+        assert!(violations.iter().filter(stale).count() > 1, "{violations:?}");
+        assert!(violations.iter().all(|found| stale(&found)), "{violations:?}");
     });
 }

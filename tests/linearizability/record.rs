@@ -1,6 +1,9 @@
 //! Clients that write and read on every member at once, and everything they were told, timed by one
 //! clock.
 
+// Two test binaries share this module, and each uses a part of it.
+#![allow(dead_code)]
+
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -17,7 +20,7 @@ use tonic::{Code, Status};
 use crate::check::watch::{Log, Told};
 use crate::check::{
     self, Answer, Call, Change, Guard, Key, Kv, Operation, Outcome, Reply, Revision, Step, Summary,
-    Time, Value,
+    Time, Value, Violation,
 };
 use crate::rig::client::{Client, certainly_failed, revision};
 use crate::rig::cluster::Cluster;
@@ -36,6 +39,8 @@ pub struct Load {
     pub deadline: Duration,
     /// Bytes that a value is filled up to.
     pub value_bytes: usize,
+    /// All plain reads may be old, and are taken for linearizable ones: a lie that has to be found.
+    pub trust_serializable: bool,
 }
 
 impl Default for Load {
@@ -46,6 +51,7 @@ impl Default for Load {
             pause_max: Duration::from_millis(40),
             deadline: Duration::from_secs(3),
             value_bytes: 0,
+            trust_serializable: false,
         }
     }
 }
@@ -169,17 +175,30 @@ impl Recorder {
         self.watchers.push((node, tokio::task::spawn_local(watcher.run())));
     }
 
-    /// Calls answered so far, with an effect or without.
-    pub fn answered(&self) -> usize {
+    /// Counts the answered calls of which this is true.
+    fn count(&self, of: impl Fn(&Operation) -> bool) -> usize {
         let record = self.record.borrow();
-        record.operations.iter().filter(|operation| operation.reply().is_some()).count()
+        let answered = record.operations.iter().filter(|operation| operation.reply().is_some());
+        answered.filter(|operation| of(operation)).count()
+    }
+
+    /// Waits until member `node` has answered `more` further plain reads.
+    pub async fn reads_by(&self, node: Node, more: usize) {
+        let read = |operation: &Operation| {
+            matches!(operation.call.then[..], [Step::Get(_)]) && operation.member == node
+        };
+        self.reach(more, "reads to be answered", || self.count(read)).await;
     }
 
     /// Waits until `more` further calls are answered: the cluster is at work.
     pub async fn progress(&self, more: usize) {
-        let goal = self.answered() + more;
-        wait_for("clients to be answered", || async {
-            let answered = self.answered();
+        self.reach(more, "clients to be answered", || self.count(|_| true)).await;
+    }
+
+    async fn reach(&self, more: usize, what: &str, count: impl Fn() -> usize) {
+        let goal = count() + more;
+        wait_for(what, || async {
+            let answered = count();
             if answered >= goal { Ok(()) } else { Err(format!("{answered} of {goal} are")) }
         })
         .await;
@@ -191,6 +210,19 @@ impl Recorder {
     /// # Panics
     /// With what was violated, and the seed.
     pub async fn verify(self, cluster: &Cluster, nodes: &[Node]) -> Summary {
+        let seed = self.load.seed;
+        let violations = match self.judge(cluster, nodes).await {
+            Ok(summary) => return summary,
+            Err(violations) => violations,
+        };
+        for violation in violations.iter().take(VIOLATIONS_SHOWN) {
+            println!("VIOLATION {violation}");
+        }
+        panic!("{} violations, seed {seed}", violations.len());
+    }
+
+    /// The same, for who wants to see violations.
+    pub async fn judge(self, cluster: &Cluster, nodes: &[Node]) -> Result<Summary, Vec<Violation>> {
         self.stop.send_replace(true);
         for client in self.clients {
             client.await.expect("a client does not panic");
@@ -211,24 +243,19 @@ impl Recorder {
             told.expect("a watcher does not panic");
         }
         let record = self.record.take();
-        let watches: Vec<Log> =
-            record.watches.into_iter().filter(|log| nodes.contains(&log.member)).collect();
+        // Of a removed member's watch what was told counts as well; it only is not all.
+        let (whole, parts): (Vec<Log>, Vec<Log>) =
+            record.watches.into_iter().partition(|log| nodes.contains(&log.member));
         let began = Instant::now();
-        match check::check(&record.operations, &watches, last) {
-            Ok(summary) => {
-                println!("{summary:?}, hash {hash:08x}, judged in {:?}", began.elapsed());
-                assert!(summary.acknowledged > 0 && summary.revisions > 1, "nothing was done");
-                summary
-            }
-            Err(violations) => {
-                for violation in violations.iter().take(20) {
-                    println!("VIOLATION {violation}");
-                }
-                panic!("{} violations, seed {}", violations.len(), self.load.seed);
-            }
-        }
+        let summary = check::check(&record.operations, &whole, &parts, last)?;
+        println!("{summary:?}, hash {hash:08x}, judged in {:?}", began.elapsed());
+        assert!(summary.acknowledged > 0 && summary.revisions > 1, "nothing was done");
+        Ok(summary)
     }
 }
+
+/// More than these rarely tell more.
+const VIOLATIONS_SHOWN: usize = 20;
 
 fn now(started: Instant) -> Time {
     started.elapsed().as_nanos() as Time
@@ -267,6 +294,8 @@ impl Worker {
                     (Time::MAX, Outcome::Unknown)
                 }
             };
+            let mut call = call;
+            call.serializable &= !self.load.trust_serializable;
             let (client, member) = (self.number, self.member);
             let operation = Operation { client, member, invoked, returned, call, outcome };
             self.record.borrow_mut().operations.push(operation);
@@ -290,8 +319,10 @@ impl Worker {
         let key = group + self.random.below(GROUP) as Key;
         match self.random.below(100) {
             0..30 => Call::plain(Step::Put(key, self.value())),
-            30..55 => Call::plain(Step::Get(key)),
-            55..60 => Call { serializable: true, ..Call::plain(Step::Get(key)) },
+            roll @ 30..60 => {
+                let serializable = roll >= 55 || self.load.trust_serializable;
+                Call { serializable, ..Call::plain(Step::Get(key)) }
+            }
             60..68 => Call::plain(Step::Delete(key)),
             68..88 => {
                 // What it knows may be old: then the comparison fails, and it learns.

@@ -111,6 +111,17 @@ impl Log {
         }
     }
 
+    /// Up to which entry the log has to be compacted for the rest to occupy at most `bytes`.
+    pub(super) fn within(&self, bytes: usize) -> u64 {
+        let mut left = self.bytes;
+        let surplus = self.entries.iter().take_while(|entry| {
+            let over = left > bytes;
+            left -= size(entry);
+            over
+        });
+        self.front.0 + surplus.count() as u64
+    }
+
     /// Replaces the whole log by a snapshot received, which is also what this member offers from now on.
     pub(super) fn install(&mut self, snapshot: &Snapshot) {
         self.front = (snapshot.get_metadata().index, snapshot.get_metadata().term);
@@ -276,10 +287,12 @@ mod tests {
     #[test]
     fn compaction_keeps_the_term_before_and_frees_the_bytes() {
         let mut log = log();
+        let two = 2 * (ENTRY_BYTES + 4);
+        assert_eq!([3 * two, two, two - 1, 0].map(|bytes| log.within(bytes)), [5, 6, 7, 8]);
         log.compact(7);
         assert_eq!((log.first(), log.last(), log.term_at(7)), (8, 8, Some(2)));
         log.compact(3);
-        assert_eq!(log.first(), 8);
+        assert_eq!((log.first(), log.within(log.bytes()), log.within(0)), (8, 7, 8));
         log.compact(8);
         assert_eq!((log.len(), log.bytes(), log.last()), (0, 0, 8));
     }

@@ -648,6 +648,12 @@ impl Node {
         self.raw.mut_store().compact(to);
     }
 
+    /// [`Node::compact`] as far as it takes for the entries in memory to occupy at most `bytes`.
+    pub fn compact_to_bytes(&mut self, bytes: usize) {
+        let to = self.raw.store().within(bytes);
+        self.compact(Index(to));
+    }
+
     /// Whether [`Node::output`] has something.
     pub fn has_output(&self) -> bool {
         !self.released.is_empty() || self.raw.store().wanted().is_some() || self.raw.has_ready()

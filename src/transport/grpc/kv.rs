@@ -299,9 +299,9 @@ impl pb::kv_server::Kv for Kv {
         request: Request<pb::RangeRequest>,
     ) -> Result<Response<Self::RangeStreamStream>, Status> {
         let call = self.0.open_stream(Method::RangeStream, request.metadata(), false)?;
+        let leaderless = self.0.stream_leaderless(request.metadata());
         let timeout = deadline::timeout(request.metadata());
         let deadline = Deadline::of(request.metadata());
-        let leaderless = self.0.stream_leaderless(request.metadata());
         let request = request.into_inner();
         call.received(request.encoded_len());
         match within(timeout, self.start_range_stream(request)).await {

@@ -46,6 +46,10 @@ const CHUNKS_AHEAD: usize = 32;
 /// Length of the SHA-256 that ends a snapshot.
 const DIGEST: u64 = 32;
 
+/// So long before the client's deadline it is told why leadership did not move: at the deadline, it
+/// would hear only of that.
+const WORD_BEFORE: Duration = Duration::from_millis(2);
+
 impl Maintenance {
     async fn alarm(self, request: pb::AlarmRequest) -> Result<pb::AlarmResponse, Status> {
         if pb::alarm_request::AlarmAction::try_from(request.action).is_err() {
@@ -110,7 +114,10 @@ impl Maintenance {
             member.metrics.defrag_inflight.set(1.0);
             let started = Instant::now();
             tracing::info!("starting defragment");
-            let result = member.shared.published.load_full().engine.reclaim();
+            let result = {
+                let _alone = member.shared.reclaiming.lock();
+                member.shared.published.load_full().engine.reclaim()
+            };
             let took = started.elapsed();
             member.metrics.backend_defrag_seconds.record(took);
             member.metrics.defrag_inflight.set(0.0);
@@ -224,15 +231,16 @@ impl Maintenance {
             Some(member) if !member.is_learner => {}
             _ => return Err(status::bad_leader_transferee()),
         }
-        // The client gives up when this does; but one that does not look at its own clock is told why.
-        let forever = std::future::pending();
+        let deadline = async {
+            match timeout {
+                Some(timeout) => tokio::time::sleep(timeout.saturating_sub(WORD_BEFORE)).await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             moved = self.member.transfer_leader(target) => moved?,
             () = self.member.stopped() => return Err(status::stopped()),
-            () = async { match timeout {
-                Some(timeout) => tokio::time::sleep(timeout).await,
-                None => forever.await,
-            } } => return Err(status::timeout_leader_transfer()),
+            () = deadline => return Err(status::timeout_leader_transfer()),
         }
         Ok(pb::MoveLeaderResponse::default())
     }
@@ -354,8 +362,8 @@ impl pb::maintenance_server::Maintenance for Maintenance {
         request: Request<pb::SnapshotRequest>,
     ) -> Result<Response<Self::SnapshotStream>, Status> {
         let call = self.member.open_stream(Method::Snapshot, request.metadata(), true)?;
-        let deadline = Deadline::of(request.metadata());
         let leaderless = self.member.stream_leaderless(request.metadata());
+        let deadline = Deadline::of(request.metadata());
         call.received(request.get_ref().encoded_len());
         let (sender, receiver) = mpsc::channel(CHUNKS_AHEAD);
         let this = self.clone();

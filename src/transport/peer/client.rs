@@ -66,6 +66,11 @@ pub fn host(url: &Url) -> &str {
     }
 }
 
+/// The same as a header. A host may hold any character but control characters, which no URL has.
+pub fn host_header(url: &Url) -> HeaderValue {
+    HeaderValue::from_bytes(host(url).as_bytes()).expect("a URL has no control characters")
+}
+
 /// Why a request got no answer.
 #[derive(thiserror::Error, Debug)]
 pub enum CallError {
@@ -116,8 +121,7 @@ pub async fn send(
     mut request: Request<Full<Bytes>>,
 ) -> Result<Response<Bytes>, CallError> {
     let name = || url.as_str().to_string();
-    let host = HeaderValue::from_str(host(url)).expect("a parsed host is a header value");
-    request.headers_mut().insert(header::HOST, host);
+    request.headers_mut().insert(header::HOST, host_header(url));
     let answered = sender.send_request(request).await;
     let response = answered.map_err(|source| CallError::Http { url: name(), source })?;
     let (parts, body) = response.into_parts();

@@ -501,4 +501,31 @@ mod tests {
         let two = "01 0000000000000002 0000000000000002 1005 000000001fffffff";
         assert_eq!(bad(StreamKind::MsgApp, two), CodecError::TooLarge { bytes: 0x1fff_ffff });
     }
+
+    proptest::proptest! {
+        /// A stream with one byte damaged is read to the same end however it is cut, and never brings
+        /// the reader down.
+        #[test]
+        fn a_damaged_stream_is_read_or_refused(
+            at in 0..400usize,
+            flip in 1..=255u8,
+            step in 1..70usize,
+        ) {
+            let messages = [
+                append(4, 9, vec![entry(10, "a"), entry(11, "")]),
+                append(5, 11, vec![entry(12, "follows")]),
+                append(5, 12, Vec::new()),
+                append(5, 12, vec![entry(13, "x"), entry(14, "y")]),
+                append(4, 14, vec![entry(15, "z")]),
+            ];
+            for kind in StreamKind::ALL {
+                let mut bytes = encode(kind, &messages).to_vec();
+                let at = at % bytes.len();
+                bytes[at] ^= flip;
+                let bytes: Bytes = bytes.into();
+                let whole = decode(kind, &bytes, bytes.len());
+                proptest::prop_assert_eq!(decode(kind, &bytes, step), whole);
+            }
+        }
+    }
 }

@@ -384,25 +384,21 @@ fn time_left(id: i64) -> impl FnOnce(Option<Bytes>) -> Option<Option<pb::LeaseTi
 pub async fn promote(member: &Arc<Member>, id: MemberId) -> Result<Vec<Record>, ChangeError> {
     let (deadline, dialer) = (member.deadline(), member.dialer());
     let path = format!("/members/promote/{}", id.0);
-    loop {
-        let asked = member.ask_leader(deadline, |url| {
-            let path = path.clone();
-            async move {
-                let request = Request::post(path)
-                    .body(Full::default())
-                    .expect("a path of digits makes a request");
-                let left = deadline.saturating_duration_since(Instant::now());
-                let answer = client::call(&dialer, &url, request, left).await;
-                promotion(&url, answer)
-            }
-        });
-        match asked.await {
-            Ok(Some(answer)) => return answer,
-            // This member leads now: a request to itself is as good as any.
-            Ok(None) => return Box::pin(member.promote_member(id)).await,
-            Err(NoAnswer::NoLeader) => return Err(ChangeError::NoLeader),
-            Err(NoAnswer::TimedOut) => return Err(RequestError::TimedOut.into()),
+    let asked = member.ask_leader(deadline, |url| {
+        let path = path.clone();
+        async move {
+            let request = Request::post(path).body(Full::default());
+            let request = request.expect("a path of digits makes a request");
+            let left = deadline.saturating_duration_since(Instant::now());
+            promotion(&url, client::call(&dialer, &url, request, left).await)
         }
+    });
+    match asked.await {
+        Ok(Some(answer)) => answer,
+        // This member leads now.
+        Ok(None) => Box::pin(member.promote_member(id)).await,
+        Err(NoAnswer::NoLeader) => Err(ChangeError::NoLeader),
+        Err(NoAnswer::TimedOut) => Err(RequestError::TimedOut.into()),
     }
 }
 
@@ -555,42 +551,28 @@ async fn promote_member(
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicUsize;
+    use std::net::TcpListener;
 
     use actix::Arbiter;
-    use tokio::net::{TcpListener, TcpStream};
+    use tokio::sync::watch;
 
     use super::*;
     use crate::actors::lease::{LeaseManager, Promoted};
+    use crate::actors::raft::RaftActor;
+    use crate::actors::spawn::Seat;
     use crate::core::apply::Machine;
     use crate::core::lease::LessorOptions;
     use crate::core::membership::{Membership, Version};
     use crate::core::types::{ClusterId, Term};
+    use crate::transport::listener::{self, Bound, Served, Workers, accept};
     use crate::transport::member::tests::{Silent, silent_over};
 
     const LEASE: LeaseId = LeaseId(7);
     const PATIENCE: Duration = Duration::from_secs(30);
 
-    /// A port whose connections are counted.
-    struct Counting(TcpListener, Arc<AtomicUsize>);
-
-    impl axum::serve::Listener for Counting {
-        type Io = TcpStream;
-        type Addr = std::net::SocketAddr;
-
-        async fn accept(&mut self) -> (Self::Io, Self::Addr) {
-            let accepted = self.0.accept().await.expect("a listener on the loopback accepts");
-            self.1.fetch_add(1, Ordering::Relaxed);
-            accepted
-        }
-
-        fn local_addr(&self) -> std::io::Result<Self::Addr> {
-            self.0.local_addr()
-        }
-    }
-
-    async fn port() -> (TcpListener, String) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    fn port() -> (TcpListener, String) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         (listener, url)
     }
@@ -611,21 +593,41 @@ mod tests {
     }
 
     /// Makes a silent member lead, with its leases, and serve on `listener`.
-    fn lead(silent: Silent, listener: TcpListener) -> Arc<AtomicUsize> {
+    fn lead(silent: Silent, listener: TcpListener) -> Leader {
         let Silent { member, raft, leases, .. } = silent;
-        let shared = member.shared.clone();
+        let (shared, to_raft) = (member.shared.clone(), raft.addr());
         shared.set_leader(shared.member_id);
         shared.raft.term.store(1, Ordering::Release);
         let manager = leases.addr();
         leases.start_in(&Arbiter::current(), move || {
             let options = LessorOptions::default();
-            LeaseManager::new(shared, raft.addr(), options, Duration::from_millis(10))
+            LeaseManager::new(shared, to_raft, options, Duration::from_millis(10))
         });
         manager.do_send(Promoted(Term(1)));
-        let accepted = Arc::new(AtomicUsize::new(0));
-        let serving = axum::serve(Counting(listener, accepted.clone()), router(member));
-        tokio::spawn(serving.into_future());
-        accepted
+        let options = listener::Options {
+            max_concurrent_streams: 1,
+            keepalive_min_time: Duration::ZERO,
+            keepalive_interval: Duration::ZERO,
+            keepalive_timeout: Duration::ZERO,
+            receive_max: 0,
+            reuse_port: false,
+            reuse_address: false,
+            write_timeout: None,
+        };
+        let workers = Workers::new(vec![Arbiter::current()], 16);
+        let stop = watch::Sender::new(false);
+        let served = Served { grpc: None, http: Some(router(member)) };
+        let bound = Bound::Tcp(listener);
+        let accepting = accept(bound, served, workers.clone(), options, stop.subscribe());
+        actix::spawn(async move { accepting.await.expect("a listener on the loopback accepts") });
+        Leader { workers, _stop: stop, _raft: raft }
+    }
+
+    /// What a leader serves with.
+    struct Leader {
+        workers: Workers,
+        _stop: watch::Sender<bool>,
+        _raft: Seat<RaftActor>,
     }
 
     fn asks(id: i64, keys: bool) -> pb::LeaseTimeToLiveRequest {
@@ -635,9 +637,9 @@ mod tests {
     #[test]
     fn a_follower_asks_the_leader_over_one_connection() {
         actix::System::new().block_on(async {
-            let (listener, url) = port().await;
+            let (listener, url) = port();
             let urls = [url.as_str(), "http://127.0.0.1:1"];
-            let accepted = lead(member(1, &urls, PATIENCE), listener);
+            let leader = lead(member(1, &urls, PATIENCE), listener);
             let follower = member(2, &urls, PATIENCE).member;
             follower.shared.set_leader(MemberId(1));
             for _ in 0..20 {
@@ -650,7 +652,7 @@ mod tests {
             let left = follower.time_to_live(asks(7, false)).await.unwrap().unwrap();
             assert_eq!(left.keys, [""; 0]);
             assert_eq!(follower.time_to_live(asks(8, false)).await.unwrap(), None);
-            assert_eq!(accepted.load(Ordering::Relaxed), 1);
+            assert_eq!(leader.workers.connections(), 1);
         });
     }
 
@@ -658,10 +660,10 @@ mod tests {
     fn a_leader_that_hangs_is_left_for_the_next_one() {
         actix::System::new().block_on(async {
             // This one accepts, by its backlog, and never answers.
-            let (_hung, hung) = port().await;
-            let (listener, url) = port().await;
+            let (_hung, hung) = port();
+            let (listener, url) = port();
             let urls = [hung.as_str(), url.as_str(), "http://127.0.0.1:1"];
-            lead(member(2, &urls, PATIENCE), listener);
+            let _leader = lead(member(2, &urls, PATIENCE), listener);
             let follower = member(3, &urls, PATIENCE).member;
             follower.shared.set_leader(MemberId(1));
             let renewing = tokio::spawn({
@@ -681,7 +683,7 @@ mod tests {
     fn without_an_answer_the_client_is_told_why() {
         actix::System::new().block_on(async {
             let timeout = Duration::from_millis(200);
-            let (_hung, hung) = port().await;
+            let (_hung, hung) = port();
             let urls = [hung.as_str(), "http://127.0.0.1:1"];
             let follower = member(2, &urls, timeout).member;
             let message = |status: tonic::Status| status.message().to_string();
@@ -712,10 +714,10 @@ mod tests {
     #[test]
     fn refusals_are_those_of_the_protocol() {
         actix::System::new().block_on(async {
-            let (listener, url) = port().await;
+            let (listener, url) = port();
             let silent = member(1, &[&url], PATIENCE);
             let shared = silent.member.shared.clone();
-            lead(silent, listener);
+            let _leader = lead(silent, listener);
             let renew = |id| pb::LeaseKeepAliveRequest { id }.encode_to_vec();
             let internal = |request| {
                 leasepb::LeaseInternalRequest { lease_time_to_live_request: request }

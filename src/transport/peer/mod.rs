@@ -1,16 +1,19 @@
 //! The peer port, and the network of members behind it (operations 3.3, formats-and-peers 6).
 //!
-//! [`network`] knows every member, [`peer`] is one of them; [`stream`], [`pipeline`] are the ways to
-//! it, [`codec`] the bytes on them, [`server`] answers what others ask of raft.
+//! [`network`] knows every member, [`peer`] is one of them; [`stream`], [`pipeline`] and [`snapshot`] are the
+//! ways to it, [`codec`] the bytes on them, [`server`] answers what others ask of raft.
 
 pub mod client;
 pub mod codec;
 pub mod forward;
 pub mod hashkv;
 pub mod network;
+#[allow(clippy::module_inception, reason = "one peer, among those who make the network")]
 pub mod peer;
 pub mod pipeline;
+pub mod prober;
 pub mod server;
+pub mod snapshot;
 pub mod stream;
 
 use std::sync::Arc;

@@ -14,11 +14,13 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use arc_swap::ArcSwap;
+use http::HeaderValue;
 use quorate_proto::raftpb::Message as RaftMessage;
 use tokio::sync::mpsc;
 
 use super::client::Dialer;
-use super::peer::{self, Close, Deliver, Peer, Urls};
+use super::peer::{self, Close, Deliver, Peer, PeerStatus, Urls};
+use super::snapshot::Snapshots;
 use super::stream::Outlet;
 use crate::actors::exit::Exit;
 use crate::actors::peers::{Liveness, Members, Send};
@@ -44,7 +46,6 @@ pub struct Options {
     pub dial_timeout: Duration,
     /// A stream that is silent for this long is dialled again; three link heartbeats are sent in it.
     pub read_timeout: Duration,
-    pub write_timeout: Duration,
 }
 
 /// Raft, as the network sees it.
@@ -105,7 +106,8 @@ pub struct Net {
     pub metrics: &'static Metrics,
     /// The members as of the last applied change.
     pub members: ArcSwap<Membership>,
-    headers: Vec<(&'static str, String)>,
+    pub snapshots: Snapshots,
+    headers: Vec<(&'static str, HeaderValue)>,
     head_lines: String,
 }
 
@@ -119,6 +121,7 @@ pub struct Links {
     pub liveness: Arc<Liveness>,
     pub exit: Exit,
     pub metrics: &'static Metrics,
+    pub snapshots: Snapshots,
     /// The members at start.
     pub members: Arc<Membership>,
 }
@@ -126,7 +129,7 @@ pub struct Links {
 impl Net {
     /// What `links` and `options` say.
     pub fn new(links: Links, options: Options) -> Arc<Self> {
-        let headers = vec![
+        let headers = [
             ("X-Server-From", links.local.to_string()),
             ("X-Server-Version", ETCD_VERSION.to_string()),
             ("X-Min-Cluster-Version", MIN_CLUSTER_VERSION.to_string()),
@@ -134,6 +137,10 @@ impl Net {
             ("X-PeerURLs", url::join(&links.own_urls)),
         ];
         let lines = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n"));
+        let head_lines = lines.collect();
+        let header = |value: &str| {
+            HeaderValue::from_bytes(value.as_bytes()).expect("a URL has no control characters")
+        };
         Arc::new(Net {
             cluster_id: links.cluster_id,
             local: links.local,
@@ -144,8 +151,9 @@ impl Net {
             exit: links.exit,
             metrics: links.metrics,
             members: ArcSwap::new(links.members),
-            head_lines: lines.collect(),
-            headers,
+            snapshots: links.snapshots,
+            head_lines,
+            headers: headers.map(|(name, value)| (name, header(&value))).into(),
         })
     }
 
@@ -270,6 +278,11 @@ pub struct Learn {
     pub from: MemberId,
     pub urls: String,
 }
+
+/// What is known of a member's connections; `None` for one that is not known at all.
+#[derive(Message)]
+#[rtype(result = "Option<PeerStatus>")]
+pub struct GetPeer(pub MemberId);
 
 /// Owns the peers.
 pub struct Network {
@@ -408,6 +421,15 @@ impl Handler<Attach> for Network {
                 Attached::Yes
             }
         })
+    }
+}
+
+impl Handler<GetPeer> for Network {
+    type Result = ResponseFuture<Option<PeerStatus>>;
+
+    fn handle(&mut self, GetPeer(id): GetPeer, _: &mut Self::Context) -> Self::Result {
+        let asked = self.peers.get(&id).map(|peer| peer.send(peer::GetStatus));
+        Box::pin(async move { asked?.await.ok() })
     }
 }
 

@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use super::codec::StreamKind;
 use super::network::{Net, SharedUrls};
 use super::pipeline::Pipeline;
+use super::prober::{self, Prober};
 use super::stream::{Outlet, Reader, StreamError};
 use crate::actors::raft::{SnapshotDone, Unreachable};
 use crate::config::Url;
@@ -28,6 +29,9 @@ use crate::metrics::PeerMetrics;
 const PROPOSALS_MAX: usize = 4096;
 /// Forwarded proposals that raft is handed together at most.
 const PROPOSALS_TOGETHER: usize = 1024;
+
+/// Three in the 5 s after which another member gives a silent stream up; it may have set more, not less.
+const HEARTBEAT: Duration = Duration::from_millis(5000 / 3);
 
 /// Messages for this peer, in order.
 #[derive(Message)]
@@ -63,6 +67,29 @@ pub struct StreamUp(pub StreamKind);
 pub struct StreamDown {
     pub kind: StreamKind,
     pub error: StreamError,
+}
+
+/// The connections as they are now.
+#[derive(Message)]
+#[rtype(result = "PeerStatus")]
+pub struct GetStatus;
+
+/// A peer's connections.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct PeerStatus {
+    /// It has dialled these of its streams: what is sent leaves by them.
+    pub attached: Streams,
+    /// These of its streams this member has dialled.
+    pub dialled: Streams,
+    /// It is dialled at all.
+    pub member: bool,
+}
+
+/// Each of the two streams.
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
+pub struct Streams {
+    pub message: bool,
+    pub msgapp: bool,
 }
 
 /// A task that ends with its owner.
@@ -108,6 +135,7 @@ pub struct Peer {
     pub(super) urls: SharedUrls,
     pub(super) metrics: PeerMetrics,
     pub(super) pipeline: Pipeline,
+    pub(super) sending_snapshot: bool,
     dial: bool,
     message: Side,
     msgapp: Side,
@@ -125,6 +153,7 @@ impl Peer {
             urls: SharedUrls::new(urls),
             metrics,
             pipeline: Pipeline::default(),
+            sending_snapshot: false,
             dial,
             message: Side::default(),
             msgapp: Side::default(),
@@ -160,6 +189,16 @@ impl Peer {
                 metrics: self.metrics.clone(),
             };
             self.tasks.push(Task::spawn(reader.run()));
+        }
+        for name in prober::NAMES {
+            let prober = Prober {
+                net: self.net.clone(),
+                remote: self.id,
+                name,
+                urls: self.urls.clone(),
+                metrics: self.metrics.clone(),
+            };
+            self.tasks.push(Task::spawn(prober.run()));
         }
     }
 
@@ -216,20 +255,31 @@ impl Peer {
         refused
     }
 
-    /// Says in the log, counts and tells raft that `lost` did not leave.
+    /// Counts and tells raft that `lost` did not leave; says so in the log, unless it is known that the
+    /// peer cannot be reached.
     pub(super) fn lost(&self, lost: &[RaftMessage], why: &dyn std::fmt::Display) {
         let Some(first) = lost.first() else { return };
         self.metrics.sent_failures.increment(lost.len() as u64);
-        tracing::warn!(
-            "message-type" = first.r#type,
-            messages = lost.len(),
-            "local-member-id" = %self.net.local,
-            "remote-peer-id" = %self.id,
-            "remote-peer-active" = self.active,
-            reason = %why,
-            "dropped internal Raft message"
-        );
+        if self.active {
+            tracing::warn!(
+                "message-type" = first.r#type,
+                messages = lost.len(),
+                "local-member-id" = %self.net.local,
+                "remote-peer-id" = %self.id,
+                reason = %why,
+                "dropped internal Raft message"
+            );
+        } else {
+            tracing::debug!("remote-peer-id" = %self.id, reason = %why, "dropped internal Raft message");
+        }
         undelivered(&self.net, self.id, lost);
+    }
+
+    /// The peer says that this member was removed. Only members are believed.
+    pub(super) fn told_of_removal(&self, error: &dyn std::error::Error) {
+        if self.dial {
+            self.net.removed(self.id, error);
+        }
     }
 
     fn reached(&mut self) {
@@ -260,15 +310,14 @@ impl Actor for Peer {
     type Context = Context<Self>;
 
     fn started(&mut self, ctx: &mut Self::Context) {
-        // Three in the time after which a silent stream is given up.
-        let every: Duration = self.net.options.read_timeout / 3;
-        ctx.run_interval(every, |this, _| this.heartbeat());
+        ctx.run_interval(HEARTBEAT, |this, _| this.heartbeat());
         if self.dial {
             self.dial(ctx);
         }
     }
 
     fn stopped(&mut self, _: &mut Self::Context) {
+        self.end_sending();
         self.unreached(&"the member was removed");
     }
 }
@@ -295,8 +344,10 @@ impl Handler<Deliver> for Peer {
                 lost.append(&mut self.send_kind(kind, batch, ctx));
             }
         }
-        lost.append(&mut snapshots);
         self.lost(&lost, &"sending buffer is full (overloaded network)");
+        for snapshot in snapshots {
+            self.send_snapshot(snapshot, ctx);
+        }
     }
 }
 
@@ -394,5 +445,18 @@ impl Handler<StreamDown> for Peer {
         if !self.message.up && !self.msgapp.up {
             self.unreached(&error);
         }
+    }
+}
+
+impl Handler<GetStatus> for Peer {
+    type Result = MessageResult<GetStatus>;
+
+    fn handle(&mut self, _: GetStatus, _: &mut Self::Context) -> Self::Result {
+        let attached = |side: &Side| side.outlet.as_ref().is_some_and(|outlet| !outlet.is_closed());
+        MessageResult(PeerStatus {
+            attached: Streams { message: attached(&self.message), msgapp: attached(&self.msgapp) },
+            dialled: Streams { message: self.message.up, msgapp: self.msgapp.up },
+            member: self.dial,
+        })
     }
 }

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use actix::prelude::*;
 use axum::body::Body;
 use bytes::Bytes;
-use http::{Request, StatusCode, header};
+use http::{Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
 use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
 use prost::Message as _;
@@ -70,8 +71,20 @@ impl Connection {
         Ok(Connection { sender, _driver: driver, used: Instant::now() })
     }
 
-    fn is_fresh(&self) -> bool {
+    /// Whether it can be used again.
+    pub fn is_fresh(&self) -> bool {
         !self.sender.is_closed() && self.used.elapsed() < IDLE_MAX
+    }
+
+    /// Sends `request` and waits for the head of the answer, without a limit of time.
+    ///
+    /// # Errors
+    /// `Http`.
+    pub async fn ask(&mut self, request: Request<Body>) -> Result<Response<Incoming>, PostError> {
+        self.sender.ready().await?;
+        let response = self.sender.send_request(request).await?;
+        self.used = Instant::now();
+        Ok(response)
     }
 
     /// Posts `body` and waits for the answer, without a limit of time.
@@ -88,22 +101,24 @@ impl Connection {
     ) -> Result<(), PostError> {
         let request = net
             .introduce(Request::post(path))
-            .header(header::HOST, client::host(url))
+            .header(header::HOST, client::host_header(url))
             .header(header::CONTENT_TYPE, content_type)
             .body(body)
             .expect("the headers of a member are valid");
-        self.sender.ready().await?;
-        let response = self.sender.send_request(request).await?;
+        let response = self.ask(request).await?;
         let status = response.status();
         let body = Limited::new(response.into_body(), ANSWER_MAX).collect().await;
-        self.used = Instant::now();
         if status == StatusCode::NO_CONTENT || status == StatusCode::OK {
             return Ok(());
         }
         let text = body.map(|body| body.to_bytes()).unwrap_or_default();
         let text = String::from_utf8_lossy(&text).trim().to_string();
         Err(match status {
-            StatusCode::FORBIDDEN => PostError::Removed { url: url.to_string(), text },
+            // Newer releases of etcd say 403 to a message for another member, too. That the address
+            // has changed hands is no reason to stop.
+            StatusCode::FORBIDDEN if !text.contains("mismatch member") => {
+                PostError::Removed { url: url.to_string(), text }
+            }
             _ => PostError::Refused { status: status.as_u16(), text },
         })
     }
@@ -184,7 +199,7 @@ impl Peer {
             Err(error) => {
                 self.urls.failed(&posted.url);
                 if matches!(error, PostError::Removed { .. }) {
-                    self.net.removed(self.id, &error);
+                    self.told_of_removal(&error);
                 }
                 self.lost(&[posted.message], &crate::actors::exit::full(&error));
             }

@@ -1,6 +1,7 @@
 //! What other members ask of this one's raft: `/raft` and the streams under it (operations 3.3).
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use actix::prelude::*;
 use axum::Router;
@@ -10,15 +11,21 @@ use axum::http::{HeaderMap, HeaderValue, Method, Request, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::any;
 use http_body_util::{BodyExt, Limited};
+use prost::Message as _;
 
 use super::codec::{self, MESSAGE_BYTES_MAX, StreamKind};
 use super::network::{Attach, Attached, Learn, MIN_CLUSTER_VERSION, Net, Network};
+use super::snapshot::{InFlight, Incoming};
 use super::stream::outlet;
 use crate::cli::ETCD_VERSION;
+use crate::config::duration::GoDuration;
 use crate::core::membership::Version;
 use crate::core::raft::MSG_SNAP;
 use crate::core::types::MemberId;
 use crate::transport::http::status::{method_not_allowed, text_error};
+
+/// The label of a sender that did not get as far as to say who it is.
+const UNKNOWN_SENDER: &str = "UNKNOWN_SNAPSHOT_SENDER";
 
 /// The network as its HTTP side knows it.
 pub struct Door {
@@ -30,6 +37,7 @@ pub struct Door {
 pub fn router(door: Arc<Door>) -> Router {
     Router::new()
         .route("/raft", any(message))
+        .route("/raft/snapshot", any(snapshot))
         .route("/raft/stream/{kind}/{from}", any(stream))
         .with_state(door)
 }
@@ -42,10 +50,13 @@ pub fn is_compatible(version: Version) -> bool {
 
 /// A version in a header; one that is missing is that of the releases that sent none.
 fn version(headers: &HeaderMap, name: &str) -> Option<Version> {
-    let text = headers.get(name).map_or(Ok("2.0.0"), HeaderValue::to_str).ok()?;
+    parse_version(headers.get(name).map_or(Ok("2.0.0"), HeaderValue::to_str).ok()?)
+}
+
+/// Reads the version that a member says it has.
+pub fn parse_version(text: &str) -> Option<Version> {
     // What follows the numbers, as in 3.7.0-rc.1, orders releases that are otherwise the same.
-    let numbers = text.split(['-', '+']).next().unwrap_or_default();
-    Version::parse(numbers)
+    Version::parse(text.split(['-', '+']).next().unwrap_or_default())
 }
 
 /// A refusal as these paths make it.
@@ -60,7 +71,7 @@ fn with_cluster(net: &Net, mut response: Response) -> Response {
 }
 
 /// Refuses who cannot be a member of this cluster.
-fn check_cluster(net: &Net, headers: &HeaderMap) -> Result<(), Response> {
+fn refuse_cluster(net: &Net, headers: &HeaderMap) -> Option<Response> {
     let ours = Version::parse(ETCD_VERSION).expect("a constant version parses");
     let sender = version(headers, "X-Server-Version");
     let demanded = version(headers, "X-Min-Cluster-Version");
@@ -75,7 +86,7 @@ fn check_cluster(net: &Net, headers: &HeaderMap) -> Result<(), Response> {
             "remote-peer-server-minimum-cluster-version" = ?headers.get("X-Min-Cluster-Version"),
             "failed to check version compatibility"
         );
-        return Err(refuse(net, StatusCode::PRECONDITION_FAILED, "incompatible version"));
+        return Some(refuse(net, StatusCode::PRECONDITION_FAILED, "incompatible version"));
     }
     let cluster = headers.get("X-Etcd-Cluster-ID").map(HeaderValue::as_bytes).unwrap_or_default();
     if cluster != net.cluster_id.to_string().as_bytes() {
@@ -86,9 +97,9 @@ fn check_cluster(net: &Net, headers: &HeaderMap) -> Result<(), Response> {
             "remote-peer-cluster-id" = %String::from_utf8_lossy(cluster),
             "request cluster ID mismatch"
         );
-        return Err(refuse(net, StatusCode::PRECONDITION_FAILED, "cluster ID mismatch"));
+        return Some(refuse(net, StatusCode::PRECONDITION_FAILED, "cluster ID mismatch"));
     }
-    Ok(())
+    None
 }
 
 /// Reads a member ID as members write it.
@@ -119,14 +130,14 @@ fn forbidden(net: &Net) -> Response {
 }
 
 /// Who may send raft messages here, and for whom.
-pub fn check_message(net: &Net, from: u64, to: u64) -> Result<(), Response> {
+pub fn refuse_message(net: &Net, from: u64, to: u64) -> Option<Response> {
     if net.is_removed(MemberId(from)) {
         tracing::warn!(
             "local-member-id" = %net.local,
             "removed-member-id" = %MemberId(from),
             "rejected Raft message from removed member"
         );
-        return Err(forbidden(net));
+        return Some(forbidden(net));
     }
     if to != net.local.0 {
         tracing::warn!(
@@ -136,9 +147,9 @@ pub fn check_message(net: &Net, from: u64, to: u64) -> Result<(), Response> {
         );
         // etcd answers 403 here as well, and so stops a healthy member that still knows this address
         // as another's. 412 makes the sender try again, as it does for the same fault on a stream.
-        return Err(refuse(net, StatusCode::PRECONDITION_FAILED, "to field mismatch"));
+        return Some(refuse(net, StatusCode::PRECONDITION_FAILED, "to field mismatch"));
     }
-    Ok(())
+    None
 }
 
 async fn message(State(door): State<Arc<Door>>, request: Request<Body>) -> Response {
@@ -146,7 +157,7 @@ async fn message(State(door): State<Arc<Door>>, request: Request<Body>) -> Respo
     if request.method() != Method::POST {
         return with_cluster(net, method_not_allowed("POST"));
     }
-    if let Err(response) = check_cluster(net, request.headers()) {
+    if let Some(response) = refuse_cluster(net, request.headers()) {
         return response;
     }
     learn(&door, request.headers());
@@ -173,12 +184,87 @@ async fn message(State(door): State<Arc<Door>>, request: Request<Body>) -> Respo
     if message.r#type == MSG_SNAP {
         return failed("wrong raft message type", &"a snapshot without its database");
     }
-    if let Err(response) = check_message(net, message.from, message.to) {
+    if let Some(response) = refuse_message(net, message.from, message.to) {
         return response;
     }
     let from = MemberId(message.from).to_string();
     net.metrics.peer_received_bytes.with(&[&from]).increment(bytes as u64);
     net.raft.step(vec![message]).await;
+    with_cluster(net, StatusCode::NO_CONTENT.into_response())
+}
+
+async fn snapshot(State(door): State<Arc<Door>>, request: Request<Body>) -> Response {
+    let net = &door.net;
+    if request.method() != Method::POST {
+        return with_cluster(net, method_not_allowed("POST"));
+    }
+    if let Some(response) = refuse_cluster(net, request.headers()) {
+        return response;
+    }
+    learn(&door, request.headers());
+    let remote = text_of(request.headers(), "X-Server-From").unwrap_or_default().to_string();
+    let started = Instant::now();
+    let failed = |from: &str, status: StatusCode, text: String| {
+        net.metrics.snapshot_receive_failures.with(&[from]).increment(1);
+        tracing::warn!(
+            "local-member-id" = %net.local,
+            "remote-snapshot-sender-id" = remote,
+            error = text,
+            "failed to receive database snapshot"
+        );
+        refuse(net, status, &text)
+    };
+    let mut incoming = Incoming::new(request.into_body(), net.options.read_timeout);
+    let message = match incoming.message().await {
+        Ok(message) => message,
+        Err(error) => {
+            let text = format!("failed to decode raft message ({error})");
+            return failed(UNKNOWN_SENDER, StatusCode::BAD_REQUEST, text);
+        }
+    };
+    let from = MemberId(message.from).to_string();
+    net.metrics.peer_received_bytes.with(&[&from]).increment(message.encoded_len() as u64);
+    if message.r#type != MSG_SNAP {
+        let text = "wrong raft message type".to_string();
+        return failed(&from, StatusCode::BAD_REQUEST, text);
+    }
+    if let Some(response) = refuse_message(net, message.from, message.to) {
+        return response;
+    }
+    let metadata = message.snapshot.as_ref().and_then(|snapshot| snapshot.metadata.as_ref());
+    let Some(index) = metadata.map(|metadata| metadata.index).filter(|index| *index > 0) else {
+        let text = "failed to process raft message (the snapshot has no index)".to_string();
+        return failed(&from, StatusCode::INTERNAL_SERVER_ERROR, text);
+    };
+    tracing::info!(
+        "local-member-id" = %net.local,
+        "remote-snapshot-sender-id" = from,
+        "incoming-snapshot-index" = index,
+        "receiving database snapshot"
+    );
+    let in_flight = InFlight::new(net.metrics.snapshot_receive_inflights.with(&[&from]));
+    let saved = incoming.database(net, index).await;
+    drop(in_flight);
+    let bytes = match saved {
+        Ok(bytes) => bytes,
+        Err(error) => {
+            let text = format!("failed to save KV snapshot ({error})");
+            return failed(&from, StatusCode::INTERNAL_SERVER_ERROR, text);
+        }
+    };
+    net.metrics.peer_received_bytes.with(&[&from]).increment(bytes);
+    tracing::info!(
+        "local-member-id" = %net.local,
+        "remote-snapshot-sender-id" = from,
+        "incoming-snapshot-index" = index,
+        "download-took" = %GoDuration::from(started.elapsed()),
+        bytes,
+        "received and saved database snapshot"
+    );
+    // The database is on disk before raft knows of it.
+    net.raft.step(vec![message]).await;
+    net.metrics.snapshot_receive_success.with(&[&from]).increment(1);
+    net.metrics.snapshot_receive_seconds.with(&[&from]).record(started.elapsed());
     with_cluster(net, StatusCode::NO_CONTENT.into_response())
 }
 
@@ -198,7 +284,7 @@ async fn stream(
     if method != Method::GET {
         return introduced(with_cluster(net, method_not_allowed("GET")));
     }
-    if let Err(response) = check_cluster(net, &headers) {
+    if let Some(response) = refuse_cluster(net, &headers) {
         return introduced(response);
     }
     let Some(kind) = StreamKind::ALL.into_iter().find(|known| known.path() == kind) else {

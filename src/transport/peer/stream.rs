@@ -20,8 +20,8 @@ use super::client::Connection;
 use super::codec::{CodecError, Decoder, Encoder, StreamKind};
 use super::network::{Net, SharedUrls};
 use super::peer::{Peer, StreamDown, StreamUp};
+use super::server;
 use crate::config::Url;
-use crate::core::membership::Version;
 use crate::core::raft::MSG_SNAP;
 use crate::core::types::MemberId;
 use crate::metrics::PeerMetrics;
@@ -307,7 +307,7 @@ impl Reader {
         match head.status {
             200 => {
                 let version = head.version.as_deref().unwrap_or("2.0.0");
-                if !Version::parse(version).is_some_and(super::server::is_compatible) {
+                if !server::parse_version(version).is_some_and(server::is_compatible) {
                     return Err(StreamError::Version(version.to_string()));
                 }
                 if !head.chunked {

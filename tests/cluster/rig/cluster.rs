@@ -238,6 +238,16 @@ impl Cluster {
         status
     }
 
+    /// Whether member `node` has ended by itself; then it can be started again.
+    pub fn has_ended(&mut self, node: Node) -> bool {
+        let Some(process) = &mut self.members[node].process else { return true };
+        let ended = process.ended().is_some();
+        if ended {
+            self.gone(node);
+        }
+        ended
+    }
+
     fn gone(&mut self, node: Node) {
         self.net.runs(node, None);
         self.members[node].process = None;
@@ -278,13 +288,6 @@ impl Cluster {
             if self.members[node].process.is_none() {
                 self.run(node);
             }
-        }
-    }
-
-    /// Puts a member away for good: it is neither waited for nor started any more.
-    pub fn retire(&mut self, node: Node) {
-        if self.members[node].process.is_some() {
-            self.kill(node);
         }
     }
 
@@ -456,7 +459,9 @@ impl Cluster {
 }
 
 /// Of each member's log, when a test fails.
-const LINES_SHOWN: usize = 60;
+const LINES_SHOWN: usize = 100;
+/// Of lines that are not shown: one for each call that took long.
+const NOISE: &str = "\"request stats\"";
 
 impl Drop for Cluster {
     fn drop(&mut self) {
@@ -468,7 +473,7 @@ impl Drop for Cluster {
         }
         for member in &self.members {
             let text = member.log_text();
-            let lines: Vec<&str> = text.lines().collect();
+            let lines: Vec<&str> = text.lines().filter(|line| !line.contains(NOISE)).collect();
             let from = lines.len().saturating_sub(LINES_SHOWN);
             eprintln!("--- {}, the end of {} lines of log:", member.name, lines.len());
             for line in &lines[from..] {

@@ -1,8 +1,7 @@
 //! One member's process: started, signalled, and always reaped.
 
-use std::collections::HashSet;
 use std::fs::File;
-use std::net::TcpListener;
+use std::net::{TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Mutex;
@@ -41,18 +40,19 @@ impl Program {
     }
 }
 
-/// A port of the loopback device that this process hands out only once.
+/// A port of the loopback device that is this process's until it ends.
 ///
 /// It is below those that the system gives to outgoing connections: while a member is down, none of
-/// them may take the port that it is to come back to.
+/// them may take the port that it is to come back to. Other runs of these tests are kept off by the UDP
+/// port of the same number, which is held here: members use TCP only.
 pub fn free_port() -> u16 {
-    static TAKEN: Mutex<Option<(Random, HashSet<u16>)>> = Mutex::new(None);
-    let mut taken = TAKEN.lock().unwrap();
-    let (random, taken) =
-        taken.get_or_insert_with(|| (Random::new(Random::fresh_seed()), HashSet::new()));
+    static HELD: Mutex<Vec<UdpSocket>> = Mutex::new(Vec::new());
+    let mut random = Random::new(Random::fresh_seed());
     loop {
         let port = 12_000 + random.below(20_000) as u16;
-        if taken.insert(port) && TcpListener::bind(("127.0.0.1", port)).is_ok() {
+        let Ok(hold) = UdpSocket::bind(("127.0.0.1", port)) else { continue };
+        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            HELD.lock().unwrap().push(hold);
             return port;
         }
     }

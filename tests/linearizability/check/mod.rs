@@ -303,16 +303,18 @@ pub struct Summary {
     pub steps: u64,
 }
 
-/// All three judges: what clients did, and what the watch of each member told up to the final revision.
+/// All three judges: what clients did, and what the watch of each member told up to the final revision;
+/// `parts` are watches that were broken off.
 ///
 /// # Errors
 /// What was found; at least one.
 pub fn check(
     operations: &[Operation],
     watches: &[watch::Log],
+    parts: &[watch::Log],
     last: Revision,
 ) -> Result<Summary, Vec<Violation>> {
-    let history = watch::history(watches, last)?;
+    let history = watch::history(watches, parts, last)?;
     let placed = order::check(operations, &history)?;
     let steps = search::check(operations, &placed.hints)?;
     let count = |is: fn(&Outcome) -> bool| {

@@ -76,7 +76,7 @@ impl Twin {
     }
 
     fn check(&self) -> Result<Summary, Vec<Violation>> {
-        super::check(&self.operations, &self.logs(), self.revision)
+        super::check(&self.operations, &self.logs(), &[], self.revision)
     }
 
     /// What the search alone says.
@@ -394,11 +394,11 @@ fn watches() {
     }
     let last = twin.revision;
     let honest = twin.logs();
-    assert_eq!(watch::history(&honest, last).unwrap().last(), last);
+    assert_eq!(watch::history(&honest, &[], last).unwrap().last(), last);
     let judge = |change: &dyn Fn(&mut Vec<Told>)| {
         let mut logs = honest.clone();
         change(&mut logs[1].told);
-        watch::history(&logs, last).unwrap_err()
+        watch::history(&logs, &[], last).unwrap_err()
     };
     let gap = judge(&|told| drop(told.remove(2)));
     assert_eq!(gap, [Violation::Gap { member: 1, after: 3, got: 5 }]);
@@ -417,15 +417,23 @@ fn watches() {
     assert_eq!(short, [Violation::Short { member: 1, at: 6, last: 7 }]);
     let other = judge(&|told| told[2].events[0].1.now.as_mut().unwrap().value = 77);
     assert!(matches!(other[..], [Violation::Disagree { revision: 4, members: (0, 1), .. }]));
+    // A watch that was broken off need not tell all, and what it tells must be the same.
+    let mut part = honest[2].clone();
+    part.told.truncate(3);
+    assert!(watch::history(&honest[..2], std::slice::from_ref(&part), last).is_ok());
+    part.told[1].events[0].1.before = None;
+    part.told[2].events[0].1.before = None;
+    let found = watch::history(&honest[..2], &[part], last).unwrap_err();
+    assert!(matches!(found[..], [Violation::Disagree { revision: 3, members: (0, 2), .. }]));
     // All tell the same lie about the version.
     let mut logs = honest.clone();
     for log in &mut logs {
         log.told[3].events[0].1.now.as_mut().unwrap().version = 9;
     }
-    let found = watch::history(&logs, last).unwrap_err();
+    let found = watch::history(&logs, &[], last).unwrap_err();
     assert!(matches!(found[..], [Violation::Event { revision: 5, .. }]), "{found:?}");
     // Nothing at all is short as well.
-    let found = watch::history(&[Log::default()], 2).unwrap_err();
+    let found = watch::history(&[Log::default()], &[], 2).unwrap_err();
     assert_eq!(found, [Violation::Short { member: 0, at: 1, last: 2 }]);
 }
 

@@ -28,18 +28,20 @@ impl Log {
     }
 }
 
-/// The history that all watches agree on, up to `last`.
+/// The history that all watches agree on, up to `last`; `parts` are watches that were broken off, which
+/// need not have got there.
 ///
 /// # Errors
 /// What is wrong with one of them, or between two.
-pub fn history(watches: &[Log], last: Revision) -> Result<History, Vec<Violation>> {
+pub fn history(watches: &[Log], parts: &[Log], last: Revision) -> Result<History, Vec<Violation>> {
     assert!(!watches.is_empty(), "somebody has watched");
     let mut violations = Vec::new();
     let mut histories: Vec<History> = Vec::new();
-    for log in watches {
+    let all: Vec<&Log> = watches.iter().chain(parts).collect();
+    for (n, log) in all.iter().enumerate() {
         match single(log) {
             Ok(history) => {
-                if history.last() < last {
+                if n < watches.len() && history.last() < last {
                     let at = history.last();
                     violations.push(Violation::Short { member: log.member, at, last });
                 }
@@ -52,13 +54,13 @@ pub fn history(watches: &[Log], last: Revision) -> Result<History, Vec<Violation
         return Err(violations);
     }
     let mut agreed = histories.remove(0);
-    for (other, log) in histories.iter().zip(&watches[1..]) {
+    for (other, log) in histories.iter().zip(&all[1..]) {
         let both = agreed.revisions.iter().zip(&other.revisions).enumerate();
         for (n, (one, two)) in both {
             if one != two {
                 violations.push(Violation::Disagree {
                     revision: n as Revision + History::FIRST,
-                    members: (watches[0].member, log.member),
+                    members: (all[0].member, log.member),
                     told: format!("{one:?} and {two:?}"),
                 });
                 break;
