@@ -130,10 +130,10 @@ pub struct Applier {
     /// Entries not applied yet because the overlay is full.
     held: Vec<Apply>,
     compaction: Option<Compaction>,
-    /// Slices of compactions below it are of a store that was replaced.
-    compaction_floor: i64,
     /// As it was shown last.
     cluster_version: Option<Version>,
+    /// Slices of compactions below it are of a store that was replaced.
+    compaction_floor: i64,
     committing: bool,
     cut_due: bool,
     last_durable: Instant,
@@ -474,8 +474,10 @@ impl Applier {
             && let Some(version) = self.machine.members.cluster_version
         {
             let text = |version: Version| format!("{}.{}", version.major, version.minor);
+            let before = self.cluster_version;
+            self.show_cluster_version();
             let shared = &self.links.shared;
-            match self.cluster_version {
+            match before {
                 None => tracing::info!(
                     "cluster-id" = %shared.cluster_id,
                     "local-member-id" = %shared.member_id,
@@ -490,21 +492,18 @@ impl Applier {
                     "updated cluster version"
                 ),
             }
-            self.show_cluster_version();
         }
     }
 
     fn show_cluster_version(&mut self) {
-        let Some(version) = self.machine.members.cluster_version else { return };
-        let gauge = |version: Version| {
+        let now = self.machine.members.cluster_version;
+        let before = std::mem::replace(&mut self.cluster_version, now);
+        let gauges = [(before, 0.0), (now, 1.0)];
+        for (version, value) in gauges {
+            let Some(version) = version else { continue };
             let text = format!("{}.{}", version.major, version.minor);
-            self.metrics.cluster_version.with(&[&text])
-        };
-        if let Some(before) = self.cluster_version {
-            gauge(before).set(0.0);
+            self.metrics.cluster_version.with(&[&text]).set(value);
         }
-        gauge(version).set(1.0);
-        self.cluster_version = Some(version);
     }
 
     fn show_alarms(&self) {
