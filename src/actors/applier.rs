@@ -9,7 +9,7 @@
 //! After each batch of entries: publish, then tell the followers of the store, then answer callers. So
 //! a caller that has its answer finds its write in every read, watch and lease call that it makes next.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -132,6 +132,8 @@ pub struct Applier {
     compaction: Option<Compaction>,
     /// As it was shown last.
     cluster_version: Option<Version>,
+    /// The labels of the gauges that stand at 1.
+    alarms_shown: BTreeSet<[String; 2]>,
     /// Slices of compactions below it are of a store that was replaced.
     compaction_floor: i64,
     committing: bool,
@@ -168,6 +170,7 @@ impl Applier {
             metrics: Metrics::global(),
             waiters: Waiters::default(),
             held: Vec::new(),
+            alarms_shown: BTreeSet::new(),
             compaction: None,
             compaction_floor: 0,
             committing: false,
@@ -506,15 +509,22 @@ impl Applier {
         }
     }
 
-    fn show_alarms(&self) {
-        for kind in [pb::AlarmType::Nospace, pb::AlarmType::Corrupt] {
-            for member in self.machine.members.members() {
-                let id = MemberId(member.id);
-                let raised = self.machine.alarms.has(id, kind);
-                let gauge = self.metrics.alarms.with(&[&id.to_string(), kind.as_str_name()]);
-                gauge.set(f64::from(u8::from(raised)));
-            }
+    /// Goes by the alarms, not by the members: one may be of the whole cluster (member 0) or of a member
+    /// that was removed.
+    fn show_alarms(&mut self) {
+        let labels = |alarm: pb::AlarmMember| {
+            let kind = pb::AlarmType::try_from(alarm.alarm);
+            let kind =
+                kind.map_or_else(|_| alarm.alarm.to_string(), |kind| kind.as_str_name().into());
+            [MemberId(alarm.member_id).to_string(), kind]
+        };
+        let all = pb::AlarmType::None as i32;
+        let raised: BTreeSet<_> = self.machine.alarms.list(all).into_iter().map(labels).collect();
+        for labels in raised.union(&self.alarms_shown) {
+            let value = f64::from(u8::from(raised.contains(labels)));
+            self.metrics.alarms.with(&labels.each_ref().map(String::as_str)).set(value);
         }
+        self.alarms_shown = raised;
     }
 
     /// Cuts a batch now or in time, after anything that waits to be committed.
@@ -574,6 +584,11 @@ impl Applier {
 
 impl Actor for Applier {
     type Context = Context<Self>;
+
+    fn started(&mut self, _: &mut Self::Context) {
+        // Alarms outlive a restart.
+        self.show_alarms();
+    }
 }
 
 impl Handler<Apply> for Applier {
@@ -876,6 +891,43 @@ mod tests {
         let view = engine.view().unwrap();
         let index = view.get(Table::Meta, CONSISTENT_INDEX).unwrap().unwrap();
         assert_eq!(index[..], last.0.to_be_bytes());
+    }
+
+    #[test]
+    fn a_gauge_shows_every_alarm_whoever_it_is_of() {
+        use pb::alarm_request::AlarmAction::{self, Activate, Deactivate};
+        const STRANGER: u64 = 0xa1a;
+        let request = |action: AlarmAction, member_id| {
+            let (action, alarm) = (action as i32, pb::AlarmType::Corrupt as i32);
+            Request::Alarm(pb::AlarmRequest { action, member_id, alarm })
+        };
+        let gauge = |member: &str| {
+            let series = format!(
+                "etcd_debugging_server_alarms{{alarm_type=\"CORRUPT\",server_id=\"{member}\"}} "
+            );
+            let page = Metrics::global().render();
+            page.lines().find_map(|line| line.strip_prefix(&series).map(str::to_string))
+        };
+        let shown = |value: &str| {
+            for member in ["0", "1", "a1a"] {
+                assert_eq!(gauge(member).as_deref(), Some(value), "of member {member}");
+            }
+        };
+        actix::System::new().block_on(async {
+            let dir = tempfile::tempdir().unwrap();
+            let mut rig = Rig::start(dir.path(), false);
+            rig.found();
+            for (action, value) in [(Activate, "1"), (Deactivate, "0")] {
+                let members = [0, LOCAL, STRANGER];
+                rig.requests(members.map(|id| request(action, id)).into());
+                rig.applied().await;
+                // What is published is shown when the applier takes its next message.
+                let (reply, flushed) = oneshot::channel();
+                rig.applier.do_send(Flush(reply));
+                flushed.await.unwrap();
+                shown(value);
+            }
+        });
     }
 
     #[test]

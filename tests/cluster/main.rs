@@ -4,6 +4,7 @@
 
 #[path = "../linearizability/check/mod.rs"]
 mod check;
+mod corrupt;
 mod crash;
 mod disk;
 mod engines;

@@ -115,19 +115,28 @@ pub async fn fill(client: &Client, count: usize, bytes: usize) -> Result<(), Sta
     Ok(())
 }
 
-/// The sum of a metric over its labels, as a member shows it; 0 if it does not show it.
-pub async fn metric(cluster: &Cluster, node: Node, name: &str) -> f64 {
+/// What a member answers to a GET on its client port: the status, and what follows the head.
+pub async fn page(cluster: &Cluster, node: Node, path: &str) -> (u16, String) {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let port = cluster.members[node].client_port;
     let asked = async {
         let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port)).await?;
-        let request = "GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+        let request =
+            format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await?;
-        let mut page = String::new();
-        stream.read_to_string(&mut page).await?;
-        Ok::<_, std::io::Error>(page)
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await?;
+        Ok::<_, std::io::Error>(answer)
     };
-    let page = asked.await.unwrap_or_else(|error| panic!("metrics of member {node}: {error}"));
+    let answer = asked.await.unwrap_or_else(|error| panic!("{path} of member {node}: {error}"));
+    let (head, body) = answer.split_once("\r\n\r\n").expect("an answer has a head");
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+    (status.expect("an answer has a status"), body.to_string())
+}
+
+/// The sum of a metric over its labels, as a member shows it; 0 if it does not show it.
+pub async fn metric(cluster: &Cluster, node: Node, name: &str) -> f64 {
+    let (_, page) = page(cluster, node, "/metrics").await;
     let value = |line: &str| {
         let (series, value) = line.rsplit_once(' ')?;
         let series = series.split('{').next()?;

@@ -318,7 +318,7 @@ impl Actor for Peer {
 
     fn stopped(&mut self, _: &mut Self::Context) {
         self.end_sending();
-        self.unreached(&"the member was removed");
+        self.unreached(&"sending to it has ended");
     }
 }
 

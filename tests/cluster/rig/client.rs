@@ -116,6 +116,38 @@ impl Client {
         self.within(self.maintenance.clone().hash_kv(pb::HashKvRequest { revision })).await
     }
 
+    pub async fn compact(&self, revision: i64) -> Result<(), Status> {
+        let request = pb::CompactionRequest { revision, physical: false };
+        self.within(self.kv.clone().compact(request)).await.map(|_| ())
+    }
+
+    /// Hands leadership to the member `target`; only the leader does.
+    pub async fn move_leader(&self, target: u64) -> Result<(), Status> {
+        let request = pb::MoveLeaderRequest { target_id: target };
+        self.within(self.maintenance.clone().move_leader(request)).await.map(|_| ())
+    }
+
+    /// The alarms in force.
+    pub async fn alarms(&self) -> Result<Vec<pb::AlarmMember>, Status> {
+        // Of any member and kind.
+        self.alarm(pb::alarm_request::AlarmAction::Get, pb::AlarmMember::default()).await
+    }
+
+    /// Clears an alarm; answers it if it was in force.
+    pub async fn disarm(&self, alarm: pb::AlarmMember) -> Result<Vec<pb::AlarmMember>, Status> {
+        self.alarm(pb::alarm_request::AlarmAction::Deactivate, alarm).await
+    }
+
+    async fn alarm(
+        &self,
+        action: pb::alarm_request::AlarmAction,
+        of: pb::AlarmMember,
+    ) -> Result<Vec<pb::AlarmMember>, Status> {
+        let request =
+            pb::AlarmRequest { action: action as i32, member_id: of.member_id, alarm: of.alarm };
+        Ok(self.within(self.maintenance.clone().alarm(request)).await?.alarms)
+    }
+
     pub async fn members(&self) -> Result<Vec<pb::Member>, Status> {
         // The field that asks for a linearizable answer is unknown to older servers, which answer alike.
         let request = pb::MemberListRequest { linearizable: true };
