@@ -7,6 +7,7 @@ mod check;
 mod crash;
 mod disk;
 mod engines;
+mod etcdctl;
 mod links;
 mod members;
 #[path = "../linearizability/record.rs"]
