@@ -533,7 +533,8 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         "commit-index" = found.recovered.hard_state.commit,
         "applied-index" = found.machine.applied().0,
         revision = found.machine.store.now().revision(),
-        "restarting local member"
+        "{}",
+        if birth.is_some() { "starting local member" } else { "restarting local member" }
     );
     show_identity(&shared, config);
     let peers: Arc<dyn Peers> = Arc::new(Asker {

@@ -244,12 +244,16 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 
 /// HEADERS of a gRPC call, every field a literal.
 fn head(stream: u32, path: &str) -> Vec<u8> {
+    head_for(stream, path, "localhost")
+}
+
+fn head_for(stream: u32, path: &str, authority: &str) -> Vec<u8> {
     let mut block = Vec::new();
     for (name, value) in [
         (":method", "POST"),
         (":scheme", "http"),
         (":path", path),
-        (":authority", "localhost"),
+        (":authority", authority),
         ("content-type", "application/grpc"),
         ("te", "trailers"),
     ] {
@@ -401,6 +405,42 @@ fn an_answer_forgives_pings() {
         raw.send(&frame(PING, 0, 0, &[1; 8]).repeat(4));
         raw.assert_sent_away();
     }
+}
+
+/// What etcd's clients say to whom they speak: 3.4 as its user named the endpoint, 3.5 in a list.
+#[test]
+fn authorities_that_are_none_are_served() {
+    for program in BOTH {
+        let server = Server::start(program, &["--host-whitelist=elsewhere"]);
+        let mut raw = Raw::connect(server.addr);
+        let authorities = [
+            format!("http://{}", server.addr),
+            "#initially=[http://127.0.0.1:1]".to_string(),
+            "http://one:2379,http://two:2379".to_string(),
+            "localhost".to_string(),
+        ];
+        for (stream, authority) in (1..).step_by(2).zip(&authorities) {
+            raw.send(&status_of(stream, authority));
+            let answer = raw.wait(authority, |frame| {
+                let is_end = frame.flags & END_STREAM != 0 || frame.kind == RST_STREAM;
+                frame.stream == stream && (frame.kind == DATA || is_end)
+            });
+            assert_eq!(answer.kind, DATA, "{program}: {authority}: {answer:?}");
+        }
+        // Where the request is cut must not matter.
+        let request = status_of(101, &authorities[1]);
+        for byte in &request {
+            raw.send(&[*byte]);
+        }
+        raw.wait("a response", |frame| frame.kind == DATA && frame.stream == 101);
+    }
+}
+
+/// A call of Status under `authority`.
+fn status_of(stream: u32, authority: &str) -> Vec<u8> {
+    let mut call = head_for(stream, STATUS, authority);
+    call.extend(message(stream, &pb::StatusRequest {}, true));
+    call
 }
 
 #[test]

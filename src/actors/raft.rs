@@ -192,6 +192,10 @@ const LOG_BYTES_HELD: usize = 512 << 20;
 /// How long after its arrival a snapshot holds the log (operations 6.3).
 const HOLD_AFTER_SNAPSHOT: Duration = Duration::from_secs(30);
 
+/// Bytes proposed as one, unless one request alone is larger: a follower hands them to the leader in one
+/// message, and no peer has to take a larger one than raft's own appends.
+const PROPOSED_BYTES: usize = 1 << 20;
+
 /// How the node runs.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
@@ -323,9 +327,19 @@ impl RaftActor {
     fn propose_all(&mut self) {
         let mut proposals = std::mem::take(&mut self.proposals);
         proposals.retain(|proposal| !proposal.reply.is_closed());
-        if proposals.is_empty() {
-            return;
+        while !proposals.is_empty() {
+            let mut bytes = 0;
+            let fits = |proposal: &&Proposal| {
+                bytes += proposal.data.len();
+                bytes <= PROPOSED_BYTES
+            };
+            let count = proposals.iter().take_while(fits).count().max(1);
+            let rest = proposals.split_off(count);
+            self.propose(std::mem::replace(&mut proposals, rest));
         }
+    }
+
+    fn propose(&mut self, proposals: Vec<Proposal>) {
         match self.node.propose_batch(proposals.iter().map(|proposal| proposal.data.clone())) {
             Ok(()) => self.waiters.extend(proposals.into_iter().map(|p| (p.id, p.reply))),
             Err(ProposeError::NoLeader) => self.parked.extend(proposals),
@@ -894,6 +908,28 @@ mod tests {
             assert!(refused.await.is_err());
             let entries = handed_on(&mut rig).await;
             assert_eq!(entries.iter().map(|e| &e.data[..]).collect::<Vec<_>>(), [b"101"]);
+            rig.stop().await;
+        });
+    }
+
+    #[test]
+    fn much_is_handed_on_in_several_messages() {
+        actix::System::new().block_on(async {
+            let dir = tempfile::tempdir().unwrap();
+            let mut rig = follower(dir.path()).await;
+            let (mut proposals, mut answers) = (Vec::new(), Vec::new());
+            for (id, bytes) in [(100, 600), (101, 400), (102, 400), (103, 1500), (104, 1)] {
+                let (reply, answer) = oneshot::channel();
+                proposals.push(Proposal { id, data: vec![0; bytes << 10].into(), reply });
+                answers.push(answer);
+            }
+            rig.raft.do_send(Requests { proposals, reads: Vec::new() });
+            let mut sizes = Vec::new();
+            while sizes.len() < 4 {
+                let entries = handed_on(&mut rig).await;
+                sizes.push(entries.iter().map(|e| e.data.len() >> 10).collect::<Vec<_>>());
+            }
+            assert_eq!(sizes, [vec![600, 400], vec![400], vec![1500], vec![1]]);
             rig.stop().await;
         });
     }

@@ -2,9 +2,13 @@
 //!
 //! HTTP/2 pings are answered inside the HTTP library, which does not count them. A [`Guard`] sits
 //! below it and looks at the frame headers as they pass, in both directions, so that it can hold
-//! clients to gRPC's keepalive rules as etcd's server does (v3-api section 5). It copies nothing: per
-//! frame it keeps nine bytes and skips the rest. HTTP/1 connections, told by their first bytes, are
-//! not looked at any further.
+//! clients to gRPC's keepalive rules as etcd's server does (v3-api section 5). Per frame it keeps nine
+//! bytes and skips the rest. HTTP/1 connections, told by their first bytes, are not looked at any
+//! further.
+//!
+//! On the way, requests that etcd serves and the HTTP library would refuse are mended, see
+//! [`authority`]. That is done where their bytes are; only a header block that comes in parts is
+//! copied, and held back until it is whole.
 //!
 //! A client that breaks the rules is sent GOAWAY between two frames of the HTTP library, then the
 //! connection ends.
@@ -17,6 +21,8 @@ use std::time::{Duration, Instant};
 use rustc_hash::FxHashSet;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
+
+use crate::transport::authority;
 
 /// What a client must keep to.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +45,9 @@ const LEAVE_TIME: Duration = Duration::from_secs(1);
 /// Open streams that are kept track of. A connection with as many is not idle, which is all that
 /// counts here.
 const STREAMS_MAX: usize = 1 << 16;
+
+/// The longest payload that the HTTP library takes: none is promised more.
+const PAYLOAD_MAX: usize = 1 << 14;
 
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const DATA: u8 = 0;
@@ -82,11 +91,14 @@ impl Frames {
         if self.payload > 0 { self.payload as usize } else { 9 - usize::from(self.filled) }
     }
 
-    fn feed(&mut self, mut bytes: &[u8], mut frame: impl FnMut(Frame)) {
-        while !bytes.is_empty() {
-            let take = self.rest().min(bytes.len());
-            let (taken, left) = bytes.split_at(take);
-            bytes = left;
+    /// Takes bytes up to the next frame's payload; answers how many these are, and the frame. Takes
+    /// all if there is no such frame in them.
+    fn next(&mut self, bytes: &[u8]) -> (usize, Option<Frame>) {
+        let mut at = 0;
+        while at < bytes.len() {
+            let take = self.rest().min(bytes.len() - at);
+            let taken = &bytes[at..at + take];
+            at += take;
             if self.payload > 0 {
                 self.payload -= take as u32;
                 continue;
@@ -99,8 +111,16 @@ impl Frames {
                 let [l0, l1, l2, kind, flags, s0, s1, s2, s3] = self.header;
                 self.payload = u32::from_be_bytes([0, l0, l1, l2]);
                 let stream = u32::from_be_bytes([s0, s1, s2, s3]) & 0x7fff_ffff;
-                frame(Frame { kind, flags, stream });
+                return (at, Some(Frame { kind, flags, stream }));
             }
+        }
+        (at, None)
+    }
+
+    fn feed(&mut self, mut bytes: &[u8], mut frame: impl FnMut(Frame)) {
+        while let (taken, Some(found)) = self.next(bytes) {
+            bytes = &bytes[taken..];
+            frame(found);
         }
     }
 }
@@ -135,6 +155,17 @@ enum Protocol {
     Http2,
 }
 
+/// The payload of a HEADERS frame that comes in parts: from the client until it is whole, then to the
+/// HTTP library, as that reads.
+struct Held {
+    flags: u8,
+    payload: Vec<u8>,
+    /// Bytes that have come.
+    come: usize,
+    /// Bytes that have gone to the HTTP library.
+    gone: usize,
+}
+
 /// What is known of the frames of a connection.
 struct Observed {
     protocol: Protocol,
@@ -147,11 +178,13 @@ struct Observed {
     open: FxHashSet<u32>,
     last_stream: u32,
     pings: Pings,
+    held: Option<Held>,
 }
 
 impl Observed {
-    /// Looks at bytes from the client; answers whether they break a rule.
-    fn read(&mut self, mut bytes: &[u8], ping_interval: Option<Duration>) -> bool {
+    /// Looks at bytes from the client; answers whether they break a rule. The last of them may be
+    /// `held` afterwards: the next are the rest of those.
+    fn read(&mut self, mut bytes: &mut [u8], ping_interval: Option<Duration>) -> bool {
         if let Protocol::Unknown(seen) = self.protocol {
             let expected = &PREFACE[seen..];
             let take = expected.len().min(bytes.len());
@@ -162,30 +195,56 @@ impl Observed {
             } else {
                 self.protocol = Protocol::Unknown(seen + take);
             }
-            bytes = &bytes[take..];
+            bytes = &mut bytes[take..];
         }
         let (Protocol::Http2, Some(interval)) = (self.protocol, ping_interval) else {
             return false;
         };
         let mut broken = false;
-        let Observed { read, open, last_stream, pings, .. } = self;
-        read.feed(bytes, |frame| match frame.kind {
-            HEADERS if frame.stream > *last_stream => {
-                *last_stream = frame.stream;
-                if open.len() < STREAMS_MAX {
-                    open.insert(frame.stream);
+        while let (taken, Some(frame)) = self.read.next(bytes) {
+            bytes = &mut bytes[taken..];
+            match frame.kind {
+                HEADERS => {
+                    if frame.stream > self.last_stream {
+                        self.last_stream = frame.stream;
+                        if self.open.len() < STREAMS_MAX {
+                            self.open.insert(frame.stream);
+                        }
+                    }
+                    if self.mend(frame.flags, bytes) {
+                        break;
+                    }
                 }
+                RST_STREAM => {
+                    self.open.remove(&frame.stream);
+                }
+                PING if frame.flags & ACK == 0 => {
+                    let interval = if self.open.is_empty() { IDLE_PING_INTERVAL } else { interval };
+                    broken |= self.pings.ping(Instant::now(), interval);
+                }
+                _ => {}
             }
-            RST_STREAM => {
-                open.remove(&frame.stream);
-            }
-            PING if frame.flags & ACK == 0 => {
-                let interval = if open.is_empty() { IDLE_PING_INTERVAL } else { interval };
-                broken |= pings.ping(Instant::now(), interval);
-            }
-            _ => {}
-        });
+        }
         broken
+    }
+
+    /// Mends the HEADERS frame whose payload `bytes` begin with. If that goes on past them, they are
+    /// held, and it answers so.
+    fn mend(&mut self, flags: u8, bytes: &mut [u8]) -> bool {
+        let length = self.read.payload as usize;
+        if let Some(payload) = bytes.get_mut(..length) {
+            authority::mend(flags, payload);
+            return false;
+        }
+        // One that is too long ends the connection once the library has seen its header.
+        if length > PAYLOAD_MAX {
+            return false;
+        }
+        self.read.payload = 0;
+        let mut payload = bytes.to_vec();
+        payload.resize(length, 0);
+        self.held = Some(Held { flags, payload, come: bytes.len(), gone: 0 });
+        true
     }
 
     /// Looks at bytes that went to the client.
@@ -251,6 +310,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Guard<IO> {
                 open: FxHashSet::default(),
                 last_stream: 0,
                 pings: Pings::default(),
+                held: None,
             },
             leaving: Leaving::No,
             deadline: Some(Box::pin(tokio::time::sleep(rules.handshake))),
@@ -272,6 +332,33 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Guard<IO> {
             }),
             None => Poll::Pending,
         }
+    }
+
+    /// Reads from what is held, once that is whole. At the end of the connection it is not, but given
+    /// away all the same.
+    fn poll_held(&mut self, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let Some(held) = &mut self.observed.held else { return Poll::Ready(Ok(())) };
+        while held.come < held.payload.len() {
+            let mut rest = ReadBuf::new(&mut held.payload[held.come..]);
+            std::task::ready!(Pin::new(&mut self.io).poll_read(cx, &mut rest))?;
+            match rest.filled().len() {
+                0 => held.payload.truncate(held.come),
+                read => {
+                    held.come += read;
+                    if held.come == held.payload.len() {
+                        authority::mend(held.flags, &mut held.payload);
+                    }
+                }
+            }
+        }
+        let rest = &held.payload[held.gone..];
+        let give = rest.len().min(buf.remaining());
+        buf.put_slice(&rest[..give]);
+        held.gone += give;
+        if held.gone == held.payload.len() {
+            self.observed.held = None;
+        }
+        Poll::Ready(Ok(()))
     }
 
     fn send_away(&mut self) {
@@ -359,6 +446,9 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncRead for Guard<IO> {
         if !matches!(this.leaving, Leaving::No) {
             return this.poll_leave(cx).map(Err);
         }
+        if this.observed.held.is_some() {
+            return this.poll_held(cx, buf);
+        }
         let before = buf.filled().len();
         match Pin::new(&mut this.io).poll_read(cx, buf) {
             Poll::Ready(Ok(())) => {}
@@ -366,7 +456,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncRead for Guard<IO> {
             error => return error,
         }
         if this.observed.protocol != Protocol::Http1
-            && this.observed.read(&buf.filled()[before..], this.ping_interval)
+            && this.observed.read(&mut buf.filled_mut()[before..], this.ping_interval)
         {
             buf.set_filled(before);
             this.send_away();
@@ -374,6 +464,13 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncRead for Guard<IO> {
         }
         if !matches!(this.observed.protocol, Protocol::Unknown(_)) {
             this.deadline = None;
+        }
+        if let Some(held) = &this.observed.held {
+            buf.set_filled(buf.filled().len() - held.come);
+            if buf.filled().len() == before {
+                // To answer without a byte would say that the client has ended its side.
+                return this.poll_held(cx, buf);
+            }
         }
         Poll::Ready(Ok(()))
     }
@@ -510,16 +607,19 @@ mod tests {
         Guard::new(tokio::io::empty(), &RULES).observed
     }
 
+    fn read(seen: &mut Observed, bytes: &[u8]) -> bool {
+        seen.read(&mut bytes.to_vec(), RULES.ping_interval)
+    }
+
     #[test]
     fn streams_are_open_from_headers_to_the_servers_last_word() {
         block_on(async {
             let mut seen = observed();
-            let interval = RULES.ping_interval;
-            assert!(!seen.read(&PREFACE[..10], interval) && !seen.read(&PREFACE[10..], interval));
-            seen.read(&frame(HEADERS, END_HEADERS | END_STREAM, 1, b"x"), interval);
-            seen.read(&frame(HEADERS, END_HEADERS, 3, b"x"), interval);
-            seen.read(&frame(HEADERS, END_HEADERS | END_STREAM, 3, b"trailers"), interval);
-            seen.read(&frame(HEADERS, END_HEADERS, 5, b"x"), interval);
+            assert!(!read(&mut seen, &PREFACE[..10]) && !read(&mut seen, &PREFACE[10..]));
+            read(&mut seen, &frame(HEADERS, END_HEADERS | END_STREAM, 1, b"x"));
+            read(&mut seen, &frame(HEADERS, END_HEADERS, 3, b"x"));
+            read(&mut seen, &frame(HEADERS, END_HEADERS | END_STREAM, 3, b"trailers"));
+            read(&mut seen, &frame(HEADERS, END_HEADERS, 5, b"x"));
             assert_eq!(seen.open.len(), 3);
             seen.written(&frame(HEADERS, 0, 1, b"x"));
             assert!(!seen.between_frames(), "the header block goes on");
@@ -527,7 +627,7 @@ mod tests {
             assert!(seen.between_frames());
             seen.written(&frame(DATA, END_STREAM, 1, b"x"));
             seen.written(&frame(RST_STREAM, 0, 3, &[0; 4]));
-            seen.read(&frame(RST_STREAM, 0, 5, &[0; 4]), interval);
+            read(&mut seen, &frame(RST_STREAM, 0, 5, &[0; 4]));
             assert!(seen.open.is_empty());
             assert_eq!(seen.last_stream, 5);
         });
@@ -539,8 +639,124 @@ mod tests {
             let mut seen = observed();
             let mut bytes = b"PRI /metrics HTTP/1.1\r\n\r\n".to_vec();
             bytes.extend(frame(PING, 0, 0, &[0; 8]).repeat(10));
-            assert!(!seen.read(&bytes, RULES.ping_interval));
+            assert!(!read(&mut seen, &bytes));
             assert!(seen.protocol == Protocol::Http1);
+        });
+    }
+
+    /// Gives its bytes up to the next cut at each read, and is not ready before each; then ends.
+    struct Parts {
+        bytes: Vec<u8>,
+        at: usize,
+        cuts: Vec<usize>,
+        ready: bool,
+    }
+
+    impl AsyncRead for Parts {
+        fn poll_read(
+            mut self: Pin<&mut Self>,
+            cx: &mut Context<'_>,
+            buf: &mut ReadBuf<'_>,
+        ) -> Poll<io::Result<()>> {
+            self.ready = !self.ready;
+            if !self.ready {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            let at = self.at;
+            let cut = self.cuts.iter().copied().find(|&cut| cut > at).unwrap_or(self.bytes.len());
+            let end = cut.min(self.bytes.len()).min(at + buf.remaining());
+            buf.put_slice(&self.bytes[at..end]);
+            self.at = end;
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    /// All that comes through a guard, read with a buffer of `room` bytes, and the guard.
+    async fn through(
+        bytes: &[u8],
+        cuts: Vec<usize>,
+        room: usize,
+    ) -> (Vec<u8>, Guard<tokio::io::Join<Parts, tokio::io::Sink>>) {
+        let parts = Parts { bytes: bytes.to_vec(), at: 0, cuts, ready: true };
+        let mut guard = Guard::new(tokio::io::join(parts, tokio::io::sink()), &RULES);
+        let (mut all, mut buffer) = (Vec::new(), vec![0; room]);
+        loop {
+            match guard.read(&mut buffer).await.expect("no rule is broken") {
+                0 => return (all, guard),
+                read => all.extend(&buffer[..read]),
+            }
+        }
+    }
+
+    #[test]
+    fn authorities_are_mended_however_they_are_cut() {
+        let block = authority::tests::block("http://127.0.0.1:2379", true);
+        let mut padded = vec![2, 0, 0, 0, 0, 9];
+        padded.extend(authority::tests::block("#initially=[http://127.0.0.1:1]", false));
+        padded.extend([0, 0]);
+        let cut_off = block[..block.len() - 5].to_vec();
+        let mended = |flags: u8, payload: &[u8]| {
+            let mut mended = payload.to_vec();
+            authority::mend(flags, &mut mended);
+            assert_ne!(mended, payload);
+            mended
+        };
+        let connection = |mend: &dyn Fn(u8, &[u8]) -> Vec<u8>| {
+            let mut bytes = PREFACE.to_vec();
+            bytes.extend(frame(4, 0, 0, &[]));
+            bytes.extend(frame(HEADERS, END_HEADERS, 1, &mend(0, &block)));
+            bytes.extend(frame(DATA, END_STREAM, 1, &block));
+            bytes.extend(frame(HEADERS, END_HEADERS | 40, 3, &mend(40, &padded)));
+            bytes.extend(frame(HEADERS, 0, 5, &mend(0, &cut_off)));
+            bytes.extend(frame(CONTINUATION, END_HEADERS, 5, &block[block.len() - 5..]));
+            bytes.extend(frame(HEADERS, END_HEADERS, 7, &[]));
+            bytes.extend(frame(PING, 0, 0, &[0; 8]));
+            bytes
+        };
+        let (sent, expected) = (connection(&|_, payload| payload.to_vec()), connection(&mended));
+        block_on(async {
+            let every: Vec<_> = (0..sent.len()).collect();
+            let cuts = (0..sent.len()).map(|cut| vec![cut]);
+            for (cuts, room) in cuts.map(|cuts| (cuts, 4096)).chain([
+                (every.clone(), 4096),
+                (every, 1),
+                (Vec::new(), 1),
+                (Vec::new(), 7),
+            ]) {
+                let (received, guard) = through(&sent, cuts.clone(), room).await;
+                assert_eq!(received, expected, "cut at {cuts:?}, read by {room}");
+                assert_eq!(guard.observed.open.len(), 4);
+                assert!(guard.observed.pings.last.is_some());
+                assert!(guard.observed.read.at_boundary());
+            }
+            // A client that ends in the middle of it all.
+            for end in 0..sent.len() {
+                let (received, _) = through(&sent[..end], vec![end / 2], 4096).await;
+                assert_eq!(received.len(), end);
+            }
+        });
+    }
+
+    #[test]
+    fn a_block_that_is_too_long_is_not_held() {
+        block_on(async {
+            for (length, is_held) in [(PAYLOAD_MAX, true), (PAYLOAD_MAX + 1, false)] {
+                let mut bytes = PREFACE.to_vec();
+                bytes.extend(&frame(HEADERS, END_HEADERS, 1, &vec![0; length])[..50]);
+                let mut seen = observed();
+                assert!(!read(&mut seen, &bytes));
+                assert_eq!(seen.held.is_some(), is_held);
+            }
+        });
+    }
+
+    #[test]
+    fn authorities_of_http1_are_left() {
+        block_on(async {
+            let mut bytes = b"PRI * HTTP/2.0\r\n\r\nXX\r\n\r\n".to_vec();
+            bytes.extend(frame(HEADERS, END_HEADERS, 1, &authority::tests::block("/", false)));
+            assert_eq!(through(&bytes, vec![30, 40], 4096).await.0, bytes);
         });
     }
 

@@ -1,5 +1,6 @@
 //! Sockets and encodings: how clients, peers and scrapers reach the actors.
 
+mod authority;
 pub mod grpc;
 pub mod guard;
 pub mod http;

@@ -10,12 +10,17 @@ use crate::server::{Kind, Member, PATIENCE};
 
 /// `etcdctl args` against `member`, which waits for it to end.
 fn run(member: &Member, args: &[&str], input: &str) -> Output {
-    let mut child = spawn(member, args);
+    run_at(&member.endpoint(), member, args, input)
+}
+
+/// `run` with the member's endpoint written as `endpoint`.
+fn run_at(endpoint: &str, member: &Member, args: &[&str], input: &str) -> Output {
+    let mut child = spawn(endpoint, member, args);
     child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
     child.wait_with_output().unwrap()
 }
 
-fn spawn(member: &Member, args: &[&str]) -> Child {
+fn spawn(endpoint: &str, member: &Member, args: &[&str]) -> Child {
     let mut command = Command::new("etcdctl");
     // Settings of the surroundings would name another server.
     for (name, _) in std::env::vars_os() {
@@ -26,7 +31,7 @@ fn spawn(member: &Member, args: &[&str]) -> Child {
     command
         .env("ETCDCTL_API", "3")
         .arg("--endpoints")
-        .arg(member.endpoint())
+        .arg(endpoint)
         .args(args)
         .current_dir(member.scratch())
         .stdin(Stdio::piped())
@@ -405,8 +410,12 @@ async fn health_and_defragmentation() {
 
 /// A watch in the background, ended once it has printed what is expected of it.
 fn watch(member: &Member, args: &[&str], lines: usize) -> Vec<String> {
+    watch_at(&member.endpoint(), member, args, lines)
+}
+
+fn watch_at(endpoint: &str, member: &Member, args: &[&str], lines: usize) -> Vec<String> {
     use std::io::{BufRead, BufReader};
-    let mut child = spawn(member, args);
+    let mut child = spawn(endpoint, member, args);
     let out = child.stdout.take().unwrap();
     let (sender, receiver) = std::sync::mpsc::channel();
     let reader = std::thread::spawn(move || {
@@ -456,4 +465,34 @@ async fn watches_from_the_past() {
         let [ours, theirs] = pair.each_ref().map(|member| watch(member, args, *lines));
         assert_eq!(ours, theirs, "etcdctl {args:?}");
     }
+}
+
+/// What dials an endpoint by itself sends it as the authority just as it is written, which is none.
+#[tokio::test]
+async fn endpoints_as_urls() {
+    let pair = pair(Kind::Redb).await;
+    let commands: &[&[&str]] = &[
+        &["put", "a", "1"],
+        &["put", "a", "2", "--prev-kv"],
+        &["get", "a"],
+        &["endpoint", "hashkv"],
+        &["endpoint", "status", "-w", "fields"],
+        &["member", "list", "-w", "fields"],
+        &["defrag"],
+        &["snapshot", "save", "saved.db"],
+    ];
+    let url = |member: &Member| format!("http://{}", member.endpoint());
+    for args in commands {
+        let [ours, theirs] = pair.each_ref().map(|member| {
+            let output = run_at(&url(member), member, args, "");
+            assert!(output.status.success(), "{:?}: {args:?}: {output:?}", member.kind);
+            let Printed { out, errors, .. } = printed(member, &output);
+            (plain_fields(&out), errors)
+        });
+        assert_eq!(ours, theirs, "etcdctl {args:?}");
+    }
+    let [ours, theirs] = pair
+        .each_ref()
+        .map(|member| watch_at(&url(member), member, &["watch", "a", "--rev", "1"], 6));
+    assert_eq!(ours, theirs);
 }

@@ -577,12 +577,16 @@ async fn membership() {
         let request = pb::MemberPromoteRequest { id: 99 };
         let refused = api.cluster.member_promote(request).await.map_err(said).unwrap_err();
         assert_eq!(refused, unknown, "{kind:?}");
-        if kind != Kind::Etcd {
-            let request = add(&["http://127.0.0.1:1"]);
-            let (code, text) = api.cluster.member_add(request).await.map_err(said).unwrap_err();
-            assert_eq!(code, Code::Unimplemented);
-            assert!(text.starts_with("not supported yet"), "{text}");
-        }
+        let request = add(&["http://127.0.0.1:1"]);
+        let added = api.cluster.member_add(request).await.unwrap().into_inner();
+        let new = added.member.unwrap();
+        assert_eq!(
+            (new.peer_ur_ls, new.name, new.is_learner),
+            (vec!["http://127.0.0.1:1".into()], String::new(), false),
+            "{kind:?}"
+        );
+        assert_eq!(added.members.len(), 2, "{kind:?}");
+        assert_eq!(added.header.unwrap().revision, 0, "{kind:?}");
     }
 }
 

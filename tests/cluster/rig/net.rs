@@ -87,8 +87,7 @@ impl Net {
 
     /// Puts a proxy in front of `target`, member `node`'s peer port; answers where it listens.
     pub fn proxy(&self, node: Node, target: SocketAddr) -> SocketAddr {
-        let port = super::process::free_port();
-        let listener = std::net::TcpListener::bind(("127.0.0.1", port)).unwrap();
+        let listener = super::process::free_listener();
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
         let state = self.state.clone();

@@ -41,19 +41,27 @@ impl Program {
 }
 
 /// A port of the loopback device that is this process's until it ends.
+pub fn free_port() -> u16 {
+    let listener = free_listener();
+    listener.local_addr().expect("a bound socket has an address").port()
+}
+
+/// A listener on a port of the loopback device that is this process's until it ends. To close it and bind
+/// its port again is no use here: another test that starts a process at that moment shares the socket with
+/// its child, until the child's program is loaded.
 ///
 /// It is below those that the system gives to outgoing connections: while a member is down, none of
 /// them may take the port that it is to come back to. Other runs of these tests are kept off by the UDP
 /// port of the same number, which is held here: members use TCP only.
-pub fn free_port() -> u16 {
+pub fn free_listener() -> TcpListener {
     static HELD: Mutex<Vec<UdpSocket>> = Mutex::new(Vec::new());
     let mut random = Random::new(Random::fresh_seed());
     loop {
         let port = 12_000 + random.below(20_000) as u16;
         let Ok(hold) = UdpSocket::bind(("127.0.0.1", port)) else { continue };
-        if TcpListener::bind(("127.0.0.1", port)).is_ok() {
+        if let Ok(listener) = TcpListener::bind(("127.0.0.1", port)) {
             HELD.lock().unwrap().push(hold);
-            return port;
+            return listener;
         }
     }
 }
