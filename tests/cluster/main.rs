@@ -8,6 +8,7 @@ mod corrupt;
 mod crash;
 mod disk;
 mod engines;
+mod etcdctl;
 mod links;
 mod members;
 #[path = "../linearizability/record.rs"]

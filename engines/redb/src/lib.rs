@@ -226,8 +226,8 @@ impl Engine for Redb {
         Ok(store.size()?.max(occupied(store.live_bytes())))
     }
 
-    /// An estimate from a counter kept with each commit, so that it costs nothing: bytes of all rows, and
-    /// a sixteenth for page headers and branches (a file of appended or reclaimed rows has as much; pages
+    /// An estimate from a counter kept with each commit, so that it costs nothing: the file's own header,
+    /// bytes of all rows, and a sixteenth for page headers and branches (a file of appended or reclaimed rows has as much; pages
     /// that deletes have thinned out are not counted). redb's exact figure needs a walk of all pages.
     fn size_in_use(&self) -> Result<u64, EngineError> {
         Ok(occupied(self.store().live_bytes()))
@@ -238,10 +238,14 @@ impl Engine for Redb {
     }
 }
 
-/// What rows of this many bytes take in a file.
+/// What rows of this many bytes take in a file, which is never nothing: clients take a size of 0 for one
+/// that they were not told.
 fn occupied(live: u64) -> u64 {
-    live + live / 16
+    HEADER_BYTES + live + live / 16
 }
+
+/// The page that every file begins with.
+const HEADER_BYTES: u64 = 4096;
 
 struct RedbView(Arc<Snapshot>);
 
