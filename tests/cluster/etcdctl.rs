@@ -66,10 +66,10 @@ impl Stage {
         let mut cast = vec![leader];
         cast.extend((0..3).filter(|node| *node != leader));
         let mut stage = Stage { cluster, names: Vec::new(), cast, said: Vec::new() };
-        for part in 0..3 {
+        for (part, letter) in PARTS.iter().enumerate().take(3) {
             stage.call(part);
             let id = stage.cluster.id(stage.cast[part]).await;
-            stage.call_id(&format!("ID-{}", PARTS[part]), id);
+            stage.call_id(&format!("ID-{letter}"), id);
         }
         let status = stage.cluster.client(leader).status().await.unwrap();
         stage.call_id("CLUSTER", status.header.unwrap().cluster_id);
