@@ -71,9 +71,6 @@ const PEER_DIAL_TIMEOUT: Duration = Duration::from_secs(1);
 const REACHABLE_POLL: Duration = Duration::from_millis(50);
 /// Between two tries to publish, if the first was refused at once.
 const PUBLISH_PAUSE: Duration = Duration::from_millis(100);
-/// Members of older clusters stop at log entries that hold attributes of members (formats-and-peers
-/// 5.3).
-const PUBLISH_LEAST: Version = Version { major: 3, minor: 5, patch: 0 };
 /// Transport threads at most: more do not help while one thread applies.
 const TRANSPORT_THREADS_MAX: usize = 8;
 
@@ -1193,16 +1190,6 @@ async fn publish(member: &Arc<Member>, peers: &dyn Peers, config: &Config) -> bo
     // A member that has joined is sent the log first: what it publishes must suit the others.
     while member.now().members.get(member.shared.member_id).is_none() {
         tokio::time::sleep(REACHABLE_POLL).await;
-    }
-    if let Some(version) = member.now().members.cluster_version.filter(|v| *v < PUBLISH_LEAST) {
-        crate::fatal!(
-            {
-                "cluster-version" = %version,
-                "minimum-cluster-version-supported" = %PUBLISH_LEAST
-            },
-            "the members of this cluster are too old: they would stop at what this one publishes"
-        );
-        return false;
     }
     loop {
         let proposed = match log_needs_v2(member, peers).await {

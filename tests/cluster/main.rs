@@ -11,6 +11,7 @@ mod engines;
 mod etcdctl;
 mod links;
 mod members;
+mod mixed;
 #[path = "../linearizability/record.rs"]
 mod record;
 mod refuse;

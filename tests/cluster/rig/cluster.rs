@@ -25,6 +25,8 @@ pub struct Options {
     pub args: Vec<String>,
     /// For the members by number, such as another engine.
     pub own_args: Vec<Vec<String>>,
+    /// What the members by number run, where it is not what the cluster runs.
+    pub own_programs: Vec<Program>,
     /// Of the losses in the network.
     pub seed: u64,
 }
@@ -36,6 +38,7 @@ impl Default for Options {
             election_ms: 1000,
             args: Vec::new(),
             own_args: Vec::new(),
+            own_programs: Vec::new(),
             seed: Random::fresh_seed(),
         }
     }
@@ -191,7 +194,8 @@ impl Cluster {
         let member = &self.members[node];
         let client = format!("http://127.0.0.1:{}", member.client_port);
         let listen_peer = format!("http://127.0.0.1:{}", member.peer_port);
-        let mut command = Command::new(self.program.path());
+        let program = self.options.own_programs.get(node).unwrap_or(&self.program);
+        let mut command = Command::new(program.path());
         // Nothing of this process's environment may set an option.
         command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
         command.current_dir(&member.dir);
