@@ -7,7 +7,7 @@
 //! further.
 //!
 //! On the way, requests that etcd serves and the HTTP library would refuse are mended, see
-//! [`authority`]. That is done where their bytes are; only a header block that comes in parts is
+//! `authority`. That is done where their bytes are; only a header block that comes in parts is
 //! copied, and held back until it is whole.
 //!
 //! A client that breaks the rules is sent GOAWAY between two frames of the HTTP library, then the

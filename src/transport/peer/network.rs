@@ -201,7 +201,7 @@ impl SharedUrls {
     /// Starts with the first of `urls`.
     ///
     /// # Panics
-    /// If there are none: [`parse_urls`] refuses that.
+    /// If there are none: `parse_urls` refuses that.
     pub fn new(urls: Vec<Url>) -> Self {
         assert!(!urls.is_empty(), "a peer has a URL");
         SharedUrls(Rc::new(RefCell::new(Picker { urls, picked: 0 })))
