@@ -33,7 +33,7 @@ use crate::bootstrap::{self, Birth, BootstrapError, Plan};
 use crate::cli::ETCD_VERSION;
 use crate::config::duration::GoDuration;
 use crate::config::{Config, ConfigError, EngineKind, Gate, Origins, Retention, Url};
-use crate::core::apply::{Machine, STORAGE_VERSION};
+use crate::core::apply::{Machine, RestoreError, STORAGE_VERSION};
 use crate::core::autocompact::{self, AutoCompaction};
 use crate::core::cluster_version;
 use crate::core::command::{Command, Request};
@@ -95,6 +95,8 @@ enum StartError {
     Install(#[from] InstallError),
     #[error("storage engine: {0}")]
     Engine(#[from] engine_api::EngineError),
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
     #[error("raft log: {0}")]
     Raft(#[from] crate::core::raft::RaftError),
     #[error(transparent)]
@@ -688,6 +690,7 @@ impl Running {
                 fast_keep_alive: config.gates.enabled(Gate::FastLeaseKeepAlive),
                 warning_unary: config.observe.warning_unary_request_duration,
                 warning_apply: config.observe.warning_apply_duration,
+                bcrypt_cost: config.auth.bcrypt_cost,
             },
             metrics: Metrics::global(),
             stopping: watch::Sender::new(false),
@@ -894,6 +897,7 @@ fn show_identity(shared: &Shared, config: &Config) {
     }
     let now = shared.published.load();
     metrics.current_revision.set(now.store.revision() as f64);
+    metrics.auth_revision.set(now.auth.revision() as f64);
     metrics.compact_revision.set(now.store.compact_revision() as f64);
     metrics.keys.set(now.store.live_keys() as f64);
     if let Some(version) = now.members.cluster_version {

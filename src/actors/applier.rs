@@ -295,6 +295,7 @@ impl Applier {
         self.links.installed.do_send(Installed(Index(metadata.index)));
         self.links.peers.do_send(Members(shared.published.load().members.clone()));
         self.show_alarms();
+        self.show_auth();
         self.show_cluster_version();
         self.metrics.snapshot_apply_in_progress.set(0.0);
         progress("applied snapshot", self.machine.applied(), self.snapshot_index);
@@ -435,10 +436,8 @@ impl Applier {
     fn publish(&mut self, effects: &Effects) {
         let shared = &self.links.shared;
         let previous = shared.published.load_full();
-        let members = effects.members || effects.cluster_version;
         let engine = previous.engine.clone();
-        let kept = Some((&*previous, effects.alarms, members));
-        let published = Published::of(&self.machine, engine, kept);
+        let published = Published::of(&self.machine, engine, Some((&*previous, effects)));
         shared.published.store(Arc::new(published));
     }
 
@@ -472,6 +471,9 @@ impl Applier {
         }
         if effects.alarms {
             self.show_alarms();
+        }
+        if effects.auth {
+            self.show_auth();
         }
         if effects.cluster_version
             && let Some(version) = self.machine.members.cluster_version
@@ -507,6 +509,10 @@ impl Applier {
             let text = format!("{}.{}", version.major, version.minor);
             self.metrics.cluster_version.with(&[&text]).set(value);
         }
+    }
+
+    fn show_auth(&self) {
+        self.metrics.auth_revision.set(self.machine.auth.revision() as f64);
     }
 
     /// Goes by the alarms, not by the members: one may be of the whole cluster (member 0) or of a member

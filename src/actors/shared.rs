@@ -12,7 +12,8 @@ use tokio::sync::watch;
 use crate::actors::peers::Liveness;
 use crate::actors::watch::Backlog;
 use crate::core::alarm::Alarms;
-use crate::core::apply::Machine;
+use crate::core::apply::{Effects, Machine};
+use crate::core::auth::AuthStore;
 use crate::core::event::{Event, History, HistoryError};
 use crate::core::lease::LeaseTable;
 use crate::core::membership::Membership;
@@ -31,6 +32,7 @@ pub struct Published {
     pub store: Snapshot,
     pub leases: LeaseTable,
     pub alarms: Arc<Alarms>,
+    pub auth: Arc<AuthStore>,
     pub members: Arc<Membership>,
     pub applied: Index,
     /// Term of the last applied entry.
@@ -38,25 +40,26 @@ pub struct Published {
 }
 
 impl Published {
-    /// What `machine` holds now over `engine`; alarms and members are taken from `previous` unless
-    /// they changed.
+    /// What `machine` holds now over `engine`; alarms, users and members are taken from `previous`
+    /// unless the effects since then changed them.
     pub fn of(
         machine: &Machine,
         engine: Arc<dyn Engine>,
-        previous: Option<(&Published, bool, bool)>,
+        previous: Option<(&Published, &Effects)>,
     ) -> Self {
-        let (alarms, members) = match previous {
-            Some((previous, alarms_changed, members_changed)) => (
-                (!alarms_changed).then(|| previous.alarms.clone()),
-                (!members_changed).then(|| previous.members.clone()),
-            ),
-            None => (None, None),
+        let kept = |changed: fn(&Effects) -> bool| {
+            previous.and_then(|(previous, effects)| (!changed(effects)).then_some(previous))
         };
+        let alarms = kept(|effects| effects.alarms).map(|previous| previous.alarms.clone());
+        let auth = kept(|effects| effects.auth).map(|previous| previous.auth.clone());
+        let members = kept(|effects| effects.members || effects.cluster_version)
+            .map(|previous| previous.members.clone());
         Published {
             engine,
             store: machine.store.now().clone(),
             leases: machine.leases.clone(),
             alarms: alarms.unwrap_or_else(|| Arc::new(machine.alarms.clone())),
+            auth: auth.unwrap_or_else(|| Arc::new(machine.auth.clone())),
             members: members.unwrap_or_else(|| Arc::new(machine.members.clone())),
             applied: machine.applied(),
             term: machine.term(),

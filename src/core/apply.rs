@@ -17,6 +17,8 @@ use quorate_proto::etcdserverpb::alarm_request::AlarmAction;
 use quorate_proto::raftpb;
 
 use super::alarm::Alarms;
+use super::auth::password::Salt;
+use super::auth::{self, AuthError, AuthStore};
 use super::command::{Command, CommandError, Request};
 use super::event::Event;
 use super::lease::{LeaseError, LeaseTable};
@@ -58,14 +60,8 @@ pub enum ApplyError {
     NoSpace,
     #[error("a CORRUPT alarm is in force")]
     Corrupt,
-    #[error("authentication is not enabled")]
-    AuthNotEnabled,
-    #[error("user root does not exist")]
-    RootUserNotExist,
-    #[error("user does not exist")]
-    UserNotFound,
-    #[error("role does not exist")]
-    RoleNotFound,
+    #[error(transparent)]
+    Auth(#[from] AuthError),
     #[error(transparent)]
     Membership(#[from] MembershipError),
     #[error("alarm action {0} is not known")]
@@ -95,6 +91,19 @@ pub enum Fatal {
     Read(ReadError),
 }
 
+/// Why the state that an engine holds cannot be served.
+#[derive(thiserror::Error, Debug)]
+pub enum RestoreError {
+    #[error("storage engine: {0}")]
+    Engine(#[from] EngineError),
+    /// Anyone could read and write what the users' permissions are to protect.
+    #[error(
+        "authentication is enabled in the stored data, and this server does not enforce it yet: \
+         refusing to serve the data without it"
+    )]
+    AuthEnabled,
+}
+
 /// What a request answers, header revision included.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Reply {
@@ -108,6 +117,10 @@ pub enum Reply {
     LeaseCheckpoint(pb::LeaseCheckpointResponse),
     Alarm(pb::AlarmResponse),
     AuthStatus(pb::AuthStatusResponse),
+    UserGet(pb::AuthUserGetResponse),
+    UserList(pb::AuthUserListResponse),
+    RoleGet(pb::AuthRoleGetResponse),
+    RoleList(pb::AuthRoleListResponse),
     /// A request whose answer holds nothing but the header.
     Done,
 }
@@ -136,6 +149,8 @@ pub struct Effects {
     /// Compactions that took effect, in the order of their revisions.
     pub compactions: Vec<Scheduled>,
     pub alarms: bool,
+    /// Users or roles.
+    pub auth: bool,
     pub members: bool,
     pub cluster_version: bool,
 }
@@ -167,6 +182,7 @@ pub struct Machine {
     pub store: Store,
     pub leases: LeaseTable,
     pub alarms: Alarms,
+    pub auth: AuthStore,
     pub members: Membership,
     applied: Index,
     term: Term,
@@ -188,13 +204,13 @@ pub struct Restored {
     pub orphans: usize,
 }
 
-/// Reads what is at `key`, which must be 8 bytes.
-fn counter(view: &dyn View, key: &[u8]) -> Result<u64, EngineError> {
-    match view.get(Table::Meta, key)? {
+/// Reads what is at `key`, which must be 8 bytes; 0 if there is nothing.
+fn counter(view: &dyn View, table: Table, key: &[u8]) -> Result<u64, EngineError> {
+    match view.get(table, key)? {
         None => Ok(0),
         Some(value) => match <[u8; 8]>::try_from(&value[..]) {
             Ok(bytes) => Ok(u64::from_be_bytes(bytes)),
-            Err(_) => Err(corrupt(Table::Meta, key, "not 8 bytes")),
+            Err(_) => Err(corrupt(table, key, "not 8 bytes")),
         },
     }
 }
@@ -263,9 +279,24 @@ impl Stored {
             }
             members.cluster_version = version;
         }
-        let applied = Index(counter(view, CONSISTENT_INDEX)?);
-        Ok(Stored { applied, term: Term(counter(view, TERM)?), members })
+        let applied = Index(counter(view, Table::Meta, CONSISTENT_INDEX)?);
+        let term = Term(counter(view, Table::Meta, TERM)?);
+        Ok(Stored { applied, term, members })
     }
+}
+
+/// Reads the auth buckets.
+fn restore_auth(view: &dyn View) -> Result<AuthStore, EngineError> {
+    let mut store = AuthStore::default();
+    let enabled = match view.get(Table::Auth, auth::ENABLED)?.as_deref() {
+        None | Some([0]) => false,
+        Some([1]) => true,
+        Some(_) => return Err(corrupt(Table::Auth, auth::ENABLED, "neither 0 nor 1")),
+    };
+    store.restore_state(enabled, counter(view, Table::Auth, auth::REVISION)?);
+    each(view, Table::AuthUsers, |_, value| store.restore_user(value))?;
+    each(view, Table::AuthRoles, |_, value| store.restore_role(value))?;
+    Ok(store)
 }
 
 impl Machine {
@@ -275,6 +306,7 @@ impl Machine {
             store: Store::default(),
             leases: LeaseTable::new(ttl_min_s),
             alarms: Alarms::default(),
+            auth: AuthStore::default(),
             members,
             applied: Index(0),
             term: Term(0),
@@ -287,13 +319,13 @@ impl Machine {
     /// Reads all state that an engine holds.
     ///
     /// # Errors
-    /// `Corrupt`, naming table and key.
+    /// `AuthEnabled`; `Corrupt`, naming table and key.
     pub fn restore(
         view: &dyn View,
         members: Membership,
         ttl_min_s: i64,
         server: Version,
-    ) -> Result<Restored, EngineError> {
+    ) -> Result<Restored, RestoreError> {
         let Stored { applied, term, members } = Stored::read(view, members)?;
         let mut machine = Machine::new(members, ttl_min_s, server);
         machine.applied = applied;
@@ -304,6 +336,10 @@ impl Machine {
         each(view, Table::Alarm, |key, _| {
             machine.alarms.restore(key).map_err(|error| error.to_string())
         })?;
+        machine.auth = restore_auth(view)?;
+        if machine.auth.enabled() {
+            return Err(RestoreError::AuthEnabled);
+        }
         let restored = Store::restore(view)?;
         machine.store = restored.store;
         let mut orphans = 0;
@@ -318,7 +354,7 @@ impl Machine {
     ///
     /// # Errors
     /// As [`Machine::restore`].
-    pub fn replaced_by(&self, view: &dyn View) -> Result<Restored, EngineError> {
+    pub fn replaced_by(&self, view: &dyn View) -> Result<Restored, RestoreError> {
         let Membership { cluster_id, local, learners_max, .. } = self.members;
         let blank = Membership::new(cluster_id, local, learners_max);
         Machine::restore(view, blank, self.leases.ttl_min(), self.server)
@@ -394,7 +430,7 @@ impl Machine {
                 let id = command.id;
                 let kind = Kind::Request(command.request.name());
                 let cost = quota::cost(&command.request);
-                let result = self.request(values, index, command.request, answered(id), effects)?;
+                let result = self.request(values, index, command, answered(id), effects)?;
                 let over_quota =
                     cost > 0 && result.is_ok() && answered(id) && quota.exceeded(size(), cost);
                 Outcome { id, result, over_quota, kind }
@@ -451,7 +487,7 @@ impl Machine {
         &mut self,
         values: &Values<'_>,
         index: Index,
-        request: Request,
+        Command { id, request, .. }: Command,
         answered: bool,
         effects: &mut Effects,
     ) -> Result<Result<Reply, ApplyError>, Fatal> {
@@ -542,27 +578,69 @@ impl Machine {
                 }
                 Ok(Reply::Done)
             }
+            // What reads users and roles costs too little to be left out where nobody waits for it.
             Request::AuthStatus(_) => Ok(Reply::AuthStatus(pb::AuthStatusResponse {
                 header: header(self.store.now().revision()),
-                enabled: false,
-                auth_revision: 1,
+                enabled: self.auth.enabled(),
+                auth_revision: self.auth.revision(),
             })),
-            // What an auth store without users answers; changing users comes with auth itself.
-            Request::AuthEnable(_) => Err(ApplyError::RootUserNotExist),
-            Request::AuthDisable(_) => Ok(Reply::Done),
-            Request::Authenticate(_) => Err(ApplyError::AuthNotEnabled),
-            Request::AuthUserList(_) | Request::AuthRoleList(_) => Ok(Reply::Done),
-            Request::AuthUserGet(_)
-            | Request::AuthUserDelete(_)
-            | Request::AuthUserChangePassword(_)
-            | Request::AuthUserGrantRole(_)
-            | Request::AuthUserRevokeRole(_) => Err(ApplyError::UserNotFound),
-            Request::AuthRoleGet(_)
-            | Request::AuthRoleDelete(_)
-            | Request::AuthRoleGrantPermission(_)
-            | Request::AuthRoleRevokePermission(_) => Err(ApplyError::RoleNotFound),
-            other @ (Request::AuthUserAdd(_) | Request::AuthRoleAdd(_)) => {
-                return Err(Fatal::Unsupported(index, other.name()));
+            Request::AuthUserGet(get) => {
+                self.auth.user_roles(&get.name).map_err(Into::into).map(|roles| {
+                    let header = header(self.store.now().revision());
+                    Reply::UserGet(pb::AuthUserGetResponse { header, roles })
+                })
+            }
+            Request::AuthUserList(_) => Ok(Reply::UserList(pb::AuthUserListResponse {
+                header: header(self.store.now().revision()),
+                users: self.auth.user_names(),
+            })),
+            Request::AuthRoleGet(get) => {
+                self.auth.role_permissions(&get.role).map_err(Into::into).map(|perm| {
+                    let header = header(self.store.now().revision());
+                    Reply::RoleGet(pb::AuthRoleGetResponse { header, perm })
+                })
+            }
+            Request::AuthRoleList(_) => Ok(Reply::RoleList(pb::AuthRoleListResponse {
+                header: header(self.store.now().revision()),
+                roles: self.auth.role_names(),
+            })),
+            Request::AuthEnable(_) => match self.auth.check_enable() {
+                // Nothing here asks who sends a request: going on would open all data to anyone.
+                Ok(()) => return Err(Fatal::Unsupported(index, "enabling authentication")),
+                Err(error) => Err(error.into()),
+            },
+            Request::AuthDisable(_) => self.auth(effects, |auth, batch| {
+                auth.disable(batch);
+                Ok(())
+            }),
+            Request::Authenticate(_) => Err(AuthError::NotEnabled.into()),
+            Request::AuthUserAdd(add) => {
+                let salt = Salt { id, index: index.0 };
+                self.auth(effects, |auth, batch| auth.user_add(&add, &salt, batch))
+            }
+            Request::AuthUserDelete(delete) => {
+                self.auth(effects, |auth, batch| auth.user_delete(&delete.name, batch))
+            }
+            Request::AuthUserChangePassword(change) => {
+                let salt = Salt { id, index: index.0 };
+                self.auth(effects, |auth, batch| auth.user_change_password(&change, &salt, batch))
+            }
+            Request::AuthUserGrantRole(grant) => self
+                .auth(effects, |auth, batch| auth.user_grant_role(&grant.user, &grant.role, batch)),
+            Request::AuthUserRevokeRole(revoke) => self.auth(effects, |auth, batch| {
+                auth.user_revoke_role(&revoke.name, &revoke.role, batch)
+            }),
+            Request::AuthRoleAdd(add) => {
+                self.auth(effects, |auth, batch| auth.role_add(&add.name, batch))
+            }
+            Request::AuthRoleDelete(delete) => {
+                self.auth(effects, |auth, batch| auth.role_delete(&delete.role, batch))
+            }
+            Request::AuthRoleGrantPermission(grant) => {
+                self.auth(effects, |auth, batch| auth.role_grant_permission(&grant, batch))
+            }
+            Request::AuthRoleRevokePermission(revoke) => {
+                self.auth(effects, |auth, batch| auth.role_revoke_permission(&revoke, batch))
             }
             Request::DowngradeInfoSet(set) if set.enabled => {
                 return Err(Fatal::Unsupported(index, "a downgrade"));
@@ -570,6 +648,18 @@ impl Machine {
             Request::DowngradeInfoSet(_) | Request::DowngradeVersionTest(_) => Ok(Reply::Done),
         };
         Ok(result)
+    }
+
+    /// Makes a change of users or roles.
+    fn auth(
+        &mut self,
+        effects: &mut Effects,
+        change: impl FnOnce(&mut AuthStore, &mut Batch) -> Result<(), AuthError>,
+    ) -> Result<Reply, ApplyError> {
+        let before = self.auth.revision();
+        change(&mut self.auth, &mut self.ops)?;
+        effects.auth |= self.auth.revision() != before;
+        Ok(Reply::Done)
     }
 
     fn compact(

@@ -3,6 +3,7 @@
 
 pub mod alarm;
 pub mod apply;
+pub mod auth;
 pub mod autocompact;
 pub mod bbolt;
 pub mod check;

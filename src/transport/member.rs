@@ -60,6 +60,8 @@ pub struct Limits {
     pub warning_unary: Duration,
     /// A local read that takes longer is logged and counted.
     pub warning_apply: Duration,
+    /// Work in hashing a password; each step doubles it.
+    pub bcrypt_cost: u32,
 }
 
 /// A running member, as its transport sees it.
@@ -487,6 +489,7 @@ pub(crate) mod tests {
                 fast_keep_alive: true,
                 warning_unary: Duration::from_secs(1),
                 warning_apply: Duration::from_secs(1),
+                bcrypt_cost: 4,
             },
             metrics: Box::leak(Box::new(Metrics::new())),
             stopping: watch::Sender::new(false),

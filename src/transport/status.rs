@@ -4,6 +4,7 @@ use tonic::{Code, Status};
 
 use crate::actors::raft::RequestError;
 use crate::core::apply::ApplyError;
+use crate::core::auth::AuthError;
 use crate::core::check::CheckError;
 use crate::core::lease::LeaseError;
 use crate::core::membership::MembershipError;
@@ -58,8 +59,21 @@ statuses! {
     /// The server answers with the client's twin of this error, whose code is Unknown.
     too_many_requests = Unknown "etcdserver: too many requests";
     root_user_not_exist = FailedPrecondition "etcdserver: root user does not exist";
+    root_role_not_exist = FailedPrecondition "etcdserver: root user does not have root role";
+    user_already_exist = FailedPrecondition "etcdserver: user name already exists";
+    user_empty = InvalidArgument "etcdserver: user name is empty";
     user_not_found = FailedPrecondition "etcdserver: user name not found";
+    role_already_exist = FailedPrecondition "etcdserver: role name already exists";
     role_not_found = FailedPrecondition "etcdserver: role name not found";
+    role_empty = InvalidArgument "etcdserver: role name is empty";
+    role_not_granted = FailedPrecondition "etcdserver: role is not granted to the user";
+    permission_not_given = InvalidArgument "etcdserver: permission not given";
+    permission_not_granted = FailedPrecondition
+        "etcdserver: permission is not granted to the role";
+    invalid_auth_mgmt = InvalidArgument "etcdserver: invalid auth management";
+    no_password_user = Unknown
+        "auth: authentication failed, password was given for no password user";
+    password_too_long = Unknown "bcrypt: password length exceeds 72 bytes";
     auth_not_enabled = FailedPrecondition "etcdserver: authentication is not enabled";
     no_leader = Unavailable "etcdserver: no leader";
     not_leader = FailedPrecondition "etcdserver: not leader";
@@ -147,10 +161,7 @@ impl From<ApplyError> for Status {
             ApplyError::Lease(LeaseError::TtlTooLarge { .. }) => lease_ttl_too_large(),
             ApplyError::NoSpace => no_space(),
             ApplyError::Corrupt => corrupt(),
-            ApplyError::AuthNotEnabled => auth_not_enabled(),
-            ApplyError::RootUserNotExist => root_user_not_exist(),
-            ApplyError::UserNotFound => user_not_found(),
-            ApplyError::RoleNotFound => role_not_found(),
+            ApplyError::Auth(error) => error.into(),
             ApplyError::Membership(error) => match error {
                 MembershipError::Removed(_) | MembershipError::NotFound(_) => member_not_found(),
                 MembershipError::IdExists(_) => member_exist(),
@@ -160,6 +171,27 @@ impl From<ApplyError> for Status {
                 MembershipError::Malformed(_) => internal(&error),
             },
             ApplyError::UnknownAlarmAction(_) => Status::invalid_argument(error.to_string()),
+        }
+    }
+}
+
+impl From<AuthError> for Status {
+    fn from(error: AuthError) -> Self {
+        match error {
+            AuthError::NotEnabled => auth_not_enabled(),
+            AuthError::RootUserNotExist => root_user_not_exist(),
+            AuthError::RootRoleNotExist => root_role_not_exist(),
+            AuthError::UserEmpty => user_empty(),
+            AuthError::UserAlreadyExist => user_already_exist(),
+            AuthError::UserNotFound => user_not_found(),
+            AuthError::NoPasswordUser => no_password_user(),
+            AuthError::RoleEmpty => role_empty(),
+            AuthError::RoleAlreadyExist => role_already_exist(),
+            AuthError::RoleNotFound => role_not_found(),
+            AuthError::RoleNotGranted => role_not_granted(),
+            AuthError::PermissionNotGiven => permission_not_given(),
+            AuthError::PermissionNotGranted => permission_not_granted(),
+            AuthError::InvalidManagement => invalid_auth_mgmt(),
         }
     }
 }
@@ -202,8 +234,13 @@ mod tests {
         for (code, text) in ALL {
             assert!(seen.insert(text), "{text} twice");
             assert!(*code != Code::Ok);
-            let plain =
-                ["context deadline exceeded", "not a primary lessor", "raft proposal dropped"];
+            let plain = [
+                "context deadline exceeded",
+                "not a primary lessor",
+                "raft proposal dropped",
+                "auth: authentication failed, password was given for no password user",
+                "bcrypt: password length exceeds 72 bytes",
+            ];
             assert!(text.starts_with("etcdserver: ") || plain.contains(text), "{text}");
         }
     }

@@ -66,7 +66,7 @@ fn write(shared: &Shared, requests: &[Request], rng: &mut Rng) {
     let publish = |machine: &_| {
         let previous = shared.published.load_full();
         let engine = previous.engine.clone();
-        let published = Published::of(machine, engine, Some((&*previous, false, false)));
+        let published = Published::of(machine, engine, Some((&*previous, &Effects::default())));
         shared.published.store(Arc::new(published));
     };
     let (batches, to_commit) = mpsc::sync_channel::<Batch>(1);

@@ -4,7 +4,8 @@ use bytes::Bytes;
 use engine_api::{Batch, Durability, Engine, EngineError, Table};
 use engine_memory::Memory;
 use prost::Message;
-use quorate::core::apply::{ApplyError, Effects, Machine, Restored};
+use quorate::core::apply::{ApplyError, Effects, Fatal, Machine, Reply, RestoreError, Restored};
+use quorate::core::auth::AuthError;
 use quorate::core::command::Request;
 use quorate::core::mvcc::Values;
 use quorate::core::mvcc::keyspace::revision_key;
@@ -13,7 +14,7 @@ use quorate::core::types::Revision;
 use quorate_proto::etcdserverpb as pb;
 use quorate_proto::mvccpb::KeyValue;
 
-use crate::rig::{SERVER, TTL_MIN, entry, membership};
+use crate::rig::{Rig, SERVER, TTL_MIN, entry, membership};
 
 fn engine(rows: &[(Table, Bytes, Bytes)]) -> Memory {
     let engine = Memory::new();
@@ -25,7 +26,7 @@ fn engine(rows: &[(Table, Bytes, Bytes)]) -> Memory {
     engine
 }
 
-fn restore(engine: &Memory) -> Result<Restored, EngineError> {
+fn restore(engine: &Memory) -> Result<Restored, RestoreError> {
     Machine::restore(&*engine.view().unwrap(), membership(), TTL_MIN, SERVER)
 }
 
@@ -125,11 +126,96 @@ fn damage_is_refused_and_named() {
         ("expected 8", vec![(Table::Lease, bytes(b"1"), bytes(b""))]),
         ("varint", vec![(Table::Alarm, bytes(b"\xff"), bytes(b""))]),
         ("not a version", vec![(Table::Cluster, bytes(b"clusterVersion"), bytes(b"x"))]),
+        ("not 8 bytes", vec![(Table::Auth, bytes(b"authRevision"), bytes(b"9"))]),
+        ("neither 0 nor 1", vec![(Table::Auth, bytes(b"authEnabled"), bytes(b"9"))]),
+        ("User", vec![(Table::AuthUsers, bytes(b"u"), bytes(b"\x0a\x09u"))]),
+        ("Role", vec![(Table::AuthRoles, bytes(b"r"), bytes(b"\x0a\x09r"))]),
     ] {
         let mut rows = vec![good()];
         rows.extend(bad);
         let error = restore(&engine(&rows)).err().expect(what);
-        assert!(matches!(error, EngineError::Corrupt { .. }), "{error}");
+        let corrupt = matches!(error, RestoreError::Engine(EngineError::Corrupt { .. }));
+        assert!(corrupt, "{error}");
         assert!(error.to_string().contains(what), "{error} instead of {what}");
     }
+}
+
+fn user_add(name: &str) -> Request {
+    Request::AuthUserAdd(pb::AuthUserAddRequest {
+        name: name.into(),
+        hashed_password: "aGFzaA==".into(),
+        ..Default::default()
+    })
+}
+
+fn role_add(name: &str) -> Request {
+    Request::AuthRoleAdd(pb::AuthRoleAddRequest { name: name.into() })
+}
+
+fn grant_role(user: &str, role: &str) -> Request {
+    let (user, role) = (user.into(), role.into());
+    Request::AuthUserGrantRole(pb::AuthUserGrantRoleRequest { user, role })
+}
+
+#[test]
+fn users_and_roles_outlive_a_restart_and_leave_the_keys_alone() {
+    let mut rig = Rig::new();
+    let put = pb::PutRequest { key: "k".into(), ..Default::default() };
+    rig.apply(Request::Put(put), true).0.unwrap();
+    let before = rig.machine.store.now().revision();
+    for request in [user_add("u"), user_add("v"), role_add("r"), grant_role("u", "r")] {
+        let (outcome, effects) = rig.apply(request, true);
+        assert!(matches!(outcome.unwrap().unwrap().result, Ok(Reply::Done)));
+        assert!(effects.auth && effects.events.is_empty());
+    }
+    // What changes nothing is not told as a change.
+    let (outcome, effects) = rig.apply(grant_role("u", "r"), true);
+    assert!(outcome.unwrap().unwrap().result.is_ok() && !effects.auth);
+    let (outcome, effects) = rig.apply(user_add("u"), true);
+    let refused = outcome.unwrap().unwrap().result;
+    assert!(matches!(refused, Err(ApplyError::Auth(AuthError::UserAlreadyExist))));
+    assert!(!effects.auth);
+    assert_eq!(rig.machine.store.now().revision(), before);
+
+    rig.flush();
+    assert_eq!(rig.stored().len(), 1);
+    let kept = rig.machine.auth.clone();
+    rig.restart(0);
+    assert_eq!(rig.machine.auth, kept);
+    let (outcome, _) = rig.apply(Request::AuthStatus(pb::AuthStatusRequest {}), true);
+    let Ok(Reply::AuthStatus(status)) = outcome.unwrap().unwrap().result else {
+        panic!("a status")
+    };
+    assert_eq!((status.enabled, status.auth_revision), (false, 5));
+}
+
+#[test]
+fn authentication_is_not_served_without_being_enforced() {
+    let state = |value: &'static [u8]| {
+        engine(&[(Table::Auth, Bytes::from_static(b"authEnabled"), Bytes::from_static(value))])
+    };
+    assert!(restore(&state(&[0])).is_ok());
+    let refused = restore(&state(&[1])).err().expect("the stored state is refused");
+    assert!(matches!(refused, RestoreError::AuthEnabled), "{refused}");
+
+    let mut rig = Rig::new();
+    let enable = || Request::AuthEnable(pb::AuthEnableRequest {});
+    let mut refused = |requests: Vec<Request>, error: AuthError| {
+        for request in requests {
+            assert!(rig.apply(request, true).0.unwrap().unwrap().result.is_ok());
+        }
+        let result = rig.apply(enable(), true).0.unwrap().unwrap().result;
+        assert!(matches!(result, Err(ApplyError::Auth(found)) if found == error), "{result:?}");
+    };
+    refused(vec![], AuthError::RootUserNotExist);
+    refused(vec![user_add("root")], AuthError::RootRoleNotExist);
+    rig.apply(grant_role("root", "root"), true).0.unwrap();
+    let at = rig.machine.applied();
+    let fatal = rig.apply(enable(), true).0.unwrap_err();
+    assert!(matches!(fatal, Fatal::Unsupported(..)), "{fatal}");
+    assert_eq!(
+        fatal.to_string(),
+        format!("log entry {}: enabling authentication is not supported yet", at.0 + 1)
+    );
+    assert_eq!(rig.machine.applied(), at);
 }

@@ -172,3 +172,74 @@ async fn equal_contents_have_equal_snapshots() {
     assert_eq!((&told[0].1, &told[0].2), (&told[1].1, &told[1].2), "{told:?}");
     assert_eq!((&told[0].1, &told[0].2), (&told[2].1, &told[2].2), "{told:?}");
 }
+
+/// What `etcdctl` prints of users and roles.
+fn users(member: &Member) -> Vec<String> {
+    let commands: [&[&str]; 7] = [
+        &["user", "list"],
+        &["user", "get", "root"],
+        &["user", "get", "u1"],
+        &["user", "get", "u2"],
+        &["role", "list"],
+        &["role", "get", "r1"],
+        &["role", "get", "r2"],
+    ];
+    let endpoint = member.endpoint();
+    let told = commands.map(|args| {
+        let output = etcdctl(&[&["--endpoints", &endpoint][..], args].concat());
+        String::from_utf8(output.stdout).unwrap()
+    });
+    told.to_vec()
+}
+
+#[tokio::test]
+async fn users_and_roles_outlive_a_restart_and_go_with_a_snapshot() {
+    let mut member = Member::start(Kind::Redb).await;
+    let endpoint = member.endpoint();
+    let commands: [&[&str]; 12] = [
+        &["user", "add", "root:secret"],
+        &["user", "add", "u1:pw"],
+        &["user", "add", "u2", "--no-password"],
+        &["role", "add", "r1"],
+        &["role", "add", "r2"],
+        &["role", "grant-permission", "r1", "readwrite", "k", "--prefix"],
+        &["role", "grant-permission", "r1", "read", "a"],
+        &["user", "grant-role", "root", "root"],
+        &["user", "grant-role", "u1", "r2"],
+        &["user", "grant-role", "u1", "r1"],
+        &["put", "k1", "v"],
+        &["put", "x", "v"],
+    ];
+    for args in commands {
+        etcdctl(&[&["--endpoints", &endpoint][..], args].concat());
+    }
+    let before = users(&member);
+    assert_eq!(before[0], "root\nu1\nu2\n");
+    let hash = member.api().hash_kv(0).await.unwrap().hash;
+    member.restart().await;
+    assert_eq!(users(&member), before);
+    member.crash().await;
+    assert_eq!(users(&member), before);
+    let status = member.api().auth.auth_status(pb::AuthStatusRequest {}).await;
+    let status = status.unwrap().into_inner();
+    assert_eq!((status.enabled, status.auth_revision), (false, 11));
+    assert_eq!(member.api().hash_kv(0).await.unwrap().hash, hash);
+
+    let file = member.scratch().join("snapshot.db");
+    save(&member, &file);
+    let restored = restore(&file, Kind::Etcd).await;
+    assert_eq!(users(&restored), before);
+    assert_eq!(restored.api().hash_kv(0).await.unwrap().hash, hash);
+    // There the users can do what they were prepared for.
+    let endpoint = restored.endpoint();
+    etcdctl(&["--endpoints", &endpoint, "auth", "enable"]);
+    let got = etcdctl(&["--endpoints", &endpoint, "--user", "u1:pw", "get", "k1"]);
+    assert_eq!(got.stdout, b"k1\nv\n");
+    etcdctl(&["--endpoints", &endpoint, "--user", "root:secret", "get", "x"]);
+    let mut denied = Command::new("etcdctl");
+    denied.env("ETCDCTL_API", "3");
+    denied.args(["--endpoints", &endpoint, "--user", "u1:pw", "get", "x"]);
+    let denied = denied.output().unwrap();
+    let told = String::from_utf8_lossy(&denied.stderr).into_owned();
+    assert!(told.contains("etcdserver: permission denied"), "{told}");
+}

@@ -1,4 +1,5 @@
-//! `etcdserverpb.Auth` as it answers while auth is off and no user exists (v3-api 3.12).
+//! `etcdserverpb.Auth`: users and roles are managed while authentication is off, which is how a cluster
+//! prepares for it; switching it on is not supported yet (v3-api 3.12).
 
 use std::sync::Arc;
 
@@ -7,6 +8,7 @@ use quorate_proto::etcdserverpb as pb;
 use tonic::{Request, Response, Status};
 
 use crate::core::apply::Reply as Applied;
+use crate::core::auth::password;
 use crate::core::command::Request as Command;
 use crate::metrics::Method;
 use crate::transport::member::Member;
@@ -36,18 +38,13 @@ macro_rules! with_header {
 }
 
 with_header!(
-    AuthEnableResponse,
     AuthDisableResponse,
     AuthUserAddResponse,
-    AuthUserGetResponse,
-    AuthUserListResponse,
     AuthUserDeleteResponse,
     AuthUserChangePasswordResponse,
     AuthUserGrantRoleResponse,
     AuthUserRevokeRoleResponse,
     AuthRoleAddResponse,
-    AuthRoleGetResponse,
-    AuthRoleListResponse,
     AuthRoleDeleteResponse,
     AuthRoleGrantPermissionResponse,
     AuthRoleRevokePermissionResponse,
@@ -60,14 +57,22 @@ impl Auth {
         Ok(R::with_header(self.0.header_at(revision, answer.term.0)))
     }
 
-    async fn status(self) -> Result<pb::AuthStatusResponse, Status> {
-        let answer = self.0.propose(Command::AuthStatus(pb::AuthStatusRequest {})).await?;
-        let Applied::AuthStatus(mut reply) = answer.reply else {
-            unreachable!("a status answers a status")
-        };
-        let revision = reply.header.map_or(0, |header| header.revision);
-        reply.header = self.0.header_at(revision, answer.term.0);
-        Ok(reply)
+    /// The hash of a password, as it goes into the log: the password itself never does.
+    async fn hashed(&self, clear: String) -> Result<String, Status> {
+        if clear.len() > password::BYTES_MAX {
+            return Err(status::password_too_long());
+        }
+        let cost = self.0.limits.bcrypt_cost;
+        // Tens of milliseconds by default, twice as long with each step of the cost: other requests of
+        // this thread do not wait for it.
+        let hashing =
+            tokio::task::spawn_blocking(move || bcrypt::hash_with_result(clear, cost)).await;
+        match hashing {
+            Ok(Ok(hash)) => Ok(password::proposed(&hash)),
+            Ok(Err(error)) => Err(Status::unknown(error.to_string())),
+            // The runtime ends, or the process does over a panic.
+            Err(_) => Err(status::stopped()),
+        }
     }
 }
 
@@ -86,16 +91,24 @@ macro_rules! proposed {
     };
 }
 
-/// A method that is not there before auth is.
-macro_rules! refused {
-    ($self:ident, $request:ident, $method:ident, $what:literal) => {
+/// A method whose request goes through the log, and whose reply is more than a header.
+macro_rules! answered {
+    ($self:ident, $request:ident, $method:ident, $command:ident, $reply:ident) => {
         $self
             .0
             .unary(
                 Method::$method,
                 |_| false,
                 $request,
-                |_| async { Err(status::not_supported_yet($what)) },
+                |r| async move {
+                    let answer = $self.0.propose(Command::$command(r)).await?;
+                    let Applied::$reply(mut reply) = answer.reply else {
+                        unreachable!("{} is answered in kind", stringify!($method))
+                    };
+                    let revision = reply.header.map_or(0, |header| header.revision);
+                    reply.header = $self.0.header_at(revision, answer.term.0);
+                    Ok(reply)
+                },
             )
             .await
     };
@@ -107,7 +120,14 @@ impl pb::auth_server::Auth for Auth {
         &self,
         request: Request<pb::AuthEnableRequest>,
     ) -> Result<Response<pb::AuthEnableResponse>, Status> {
-        proposed!(self, request, AuthEnable, AuthEnable)
+        let run = |_| async {
+            // A member that applies this entry cannot go on, as nothing enforces permissions yet. So it
+            // never enters the log: what it would be refused for is found out by a read.
+            self.0.read_index().await?;
+            self.0.now().auth.check_enable()?;
+            Err(status::not_supported_yet("enabling authentication"))
+        };
+        self.0.unary(Method::AuthEnable, |_| false, request, run).await
     }
 
     async fn auth_disable(
@@ -121,7 +141,7 @@ impl pb::auth_server::Auth for Auth {
         &self,
         request: Request<pb::AuthStatusRequest>,
     ) -> Result<Response<pb::AuthStatusResponse>, Status> {
-        self.0.unary(Method::AuthStatus, |_| false, request, |_| self.clone().status()).await
+        answered!(self, request, AuthStatus, AuthStatus, AuthStatus)
     }
 
     async fn authenticate(
@@ -136,21 +156,28 @@ impl pb::auth_server::Auth for Auth {
         &self,
         request: Request<pb::AuthUserAddRequest>,
     ) -> Result<Response<pb::AuthUserAddResponse>, Status> {
-        refused!(self, request, UserAdd, "adding a user")
+        let run = |mut add: pb::AuthUserAddRequest| async {
+            let clear = std::mem::take(&mut add.password);
+            if !add.options.is_some_and(|options| options.no_password) {
+                add.hashed_password = self.hashed(clear).await?;
+            }
+            self.clone().propose(Command::AuthUserAdd(add)).await
+        };
+        self.0.unary(Method::UserAdd, |_| false, request, run).await
     }
 
     async fn user_get(
         &self,
         request: Request<pb::AuthUserGetRequest>,
     ) -> Result<Response<pb::AuthUserGetResponse>, Status> {
-        proposed!(self, request, UserGet, AuthUserGet)
+        answered!(self, request, UserGet, AuthUserGet, UserGet)
     }
 
     async fn user_list(
         &self,
         request: Request<pb::AuthUserListRequest>,
     ) -> Result<Response<pb::AuthUserListResponse>, Status> {
-        proposed!(self, request, UserList, AuthUserList)
+        answered!(self, request, UserList, AuthUserList, UserList)
     }
 
     async fn user_delete(
@@ -164,8 +191,13 @@ impl pb::auth_server::Auth for Auth {
         &self,
         request: Request<pb::AuthUserChangePasswordRequest>,
     ) -> Result<Response<pb::AuthUserChangePasswordResponse>, Status> {
-        // The password must not reach the log in the clear, and there is no user to hash it for.
-        let run = |_| async { Err(status::user_not_found()) };
+        let run = |mut change: pb::AuthUserChangePasswordRequest| async {
+            let clear = std::mem::take(&mut change.password);
+            if !clear.is_empty() {
+                change.hashed_password = self.hashed(clear).await?;
+            }
+            self.clone().propose(Command::AuthUserChangePassword(change)).await
+        };
         self.0.unary(Method::UserChangePassword, |_| false, request, run).await
     }
 
@@ -187,21 +219,21 @@ impl pb::auth_server::Auth for Auth {
         &self,
         request: Request<pb::AuthRoleAddRequest>,
     ) -> Result<Response<pb::AuthRoleAddResponse>, Status> {
-        refused!(self, request, RoleAdd, "adding a role")
+        proposed!(self, request, RoleAdd, AuthRoleAdd)
     }
 
     async fn role_get(
         &self,
         request: Request<pb::AuthRoleGetRequest>,
     ) -> Result<Response<pb::AuthRoleGetResponse>, Status> {
-        proposed!(self, request, RoleGet, AuthRoleGet)
+        answered!(self, request, RoleGet, AuthRoleGet, RoleGet)
     }
 
     async fn role_list(
         &self,
         request: Request<pb::AuthRoleListRequest>,
     ) -> Result<Response<pb::AuthRoleListResponse>, Status> {
-        proposed!(self, request, RoleList, AuthRoleList)
+        answered!(self, request, RoleList, AuthRoleList, RoleList)
     }
 
     async fn role_delete(

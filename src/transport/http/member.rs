@@ -39,7 +39,7 @@ impl Subject for HttpMember {
     }
 
     fn auth_enabled(&self) -> bool {
-        false
+        self.0.now().auth.enabled()
     }
 
     fn read(&self, serializable: bool) -> ReadFuture {
