@@ -722,6 +722,7 @@ mod tests {
     };
     use crate::actors::watch::{Ask, Open};
     use crate::core::apply::CONSISTENT_INDEX;
+    use crate::core::command::Request;
     use crate::core::types::LeaseId;
     use crate::core::watch::StreamId;
     use crate::storage::wal_log;
@@ -740,6 +741,8 @@ mod tests {
         let puts = (1..300).map(|n| put(&format!("k{}", n % 7), &n.to_string()));
         ahead.requests(puts.collect());
         ahead.requests(vec![grant(6), compact(100), put("k9", "last")]);
+        let role = pb::AuthRoleAddRequest { name: "role".into() };
+        ahead.requests(vec![Request::AuthRoleAdd(role)]);
         ahead.applied().await;
         (ahead, behind)
     }
@@ -797,6 +800,8 @@ mod tests {
             assert!(!Arc::ptr_eq(&now.engine, &old.engine));
             assert_eq!(now.members.conf_state().voters, [LOCAL, LEADER]);
             assert_eq!(now.members.local, MemberId(LOCAL));
+            assert_eq!(now.auth.role_names(), ["role"]);
+            assert_eq!(now.auth, ahead.shared.published.load().auth);
             assert_eq!(now.leases.get(LeaseId(6)).map(|lease| lease.ttl), Some(100));
             let mut leases = behind.leases.send(ListLeases).await.unwrap();
             leases.sort();

@@ -92,8 +92,7 @@ fn etcd3_of_node_finds_what_it_finds_with_etcd() {
     if skipped() {
         return;
     }
-    let expected =
-        Verdict { passes_min: 22, unfit: &[], later: &[("users_and_roles", "auth comes later")] };
+    let expected = Verdict { passes_min: 22, unfit: &[], later: &[] };
     let suite = node::Suite::prepare();
     compare(&expected, |cluster| suite.run(cluster));
 }

@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 
 use engine_api::{Batch, Durability, Engine, Table};
 use quorate::core::apply::STORAGE_VERSION;
+use quorate::core::auth::ENABLED;
 
 use crate::process::{Random, Setup, copy_dir, files, free_port, runtime, wait_for};
 
@@ -217,6 +218,21 @@ fn a_directory_of_a_newer_release_is_refused() {
         assert!(said.contains(part), "{part:?} is not in: {said}");
     }
     serves_all(&Setup::on(whole, &[]));
+}
+
+#[test]
+fn a_database_that_authentication_protects_is_refused() {
+    let setup = filled(&[]);
+    let enabled = |enabled: u8| {
+        let engine = engine_redb::Redb::open(&setup.engine_dir(), &Default::default()).unwrap();
+        let mut batch = Batch::default();
+        batch.put(Table::Auth, ENABLED, vec![enabled]);
+        engine.commit(&batch, Durability::Durable).unwrap();
+    };
+    enabled(1);
+    refuses(&setup, &["authentication is enabled", "does not enforce it yet"]);
+    enabled(0);
+    serves_all(&setup);
 }
 
 /// Ends with the test.

@@ -1,9 +1,11 @@
 //! The probe list (v3-api section 10): one member, what the reference release answers. Where the
 //! installed etcd gives the same answer, it is asked too.
 
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use bytes::Bytes;
+use quorate_proto::authpb::{Permission, UserAddOptions};
 use quorate_proto::etcdserverpb as pb;
 use quorate_proto::etcdserverpb::alarm_request::AlarmAction;
 use quorate_proto::etcdserverpb::compare::{CompareResult, CompareTarget, TargetUnion};
@@ -662,6 +664,126 @@ async fn authentication_is_off() {
         let rootless = error(Code::FailedPrecondition, "etcdserver: root user does not exist");
         assert_eq!(refused, rootless, "{kind:?}");
     }
+}
+
+/// What etcdctl does not ask for, or checks by itself. The installed etcd knows nothing of hashed
+/// passwords, and accepts more permissions than 3.5.
+#[tokio::test]
+async fn users_and_roles_while_authentication_is_off() {
+    let mgmt = "etcdserver: invalid auth management";
+    for kind in [Kind::Redb, Kind::Etcd] {
+        let member = Member::start(kind).await;
+        let mut api = member.api();
+        let at = api.put("k", "v").await;
+        let user = |name: &str, password: &str| pb::AuthUserAddRequest {
+            name: name.into(),
+            password: password.into(),
+            ..Default::default()
+        };
+        let added = api.auth.user_add(user("u", "top-secret-1")).await.unwrap().into_inner();
+        let header = added.header.unwrap();
+        // Users are no keys.
+        assert_eq!(header.revision, at, "{kind:?}");
+        assert!(header.cluster_id != 0 && header.member_id != 0 && header.raft_term != 0);
+        api.auth.user_add(user("empty", "")).await.unwrap();
+        let refused = api.auth.user_add(user("", "pw")).await.map_err(said).unwrap_err();
+        let nameless = error(Code::InvalidArgument, "etcdserver: user name is empty");
+        assert_eq!(refused, nameless, "{kind:?}");
+        let refused = api.auth.role_add(pb::AuthRoleAddRequest::default()).await;
+        let nameless = error(Code::InvalidArgument, "etcdserver: role name is empty");
+        assert_eq!(refused.map_err(said).unwrap_err(), nameless, "{kind:?}");
+        api.auth.role_add(pb::AuthRoleAddRequest { name: "r".into() }).await.unwrap();
+        for (user, role, text) in [
+            ("nobody", "r", "etcdserver: user name not found"),
+            ("u", "nothing", "etcdserver: role name not found"),
+        ] {
+            let grant = pb::AuthUserGrantRoleRequest { user: user.into(), role: role.into() };
+            let refused = api.auth.user_grant_role(grant).await.map_err(said).unwrap_err();
+            assert_eq!(refused, error(Code::FailedPrecondition, text), "{kind:?}");
+        }
+        let listed = api.auth.user_list(pb::AuthUserListRequest {}).await.unwrap().into_inner();
+        assert_eq!(listed.users, ["empty", "u"], "{kind:?}");
+        assert_eq!(revision(listed.header), at, "{kind:?}");
+        if kind == Kind::Etcd {
+            continue;
+        }
+
+        let long = "x".repeat(73);
+        let refused = api.auth.user_add(user("long", &long)).await.map_err(said).unwrap_err();
+        let too_long = error(Code::Unknown, "bcrypt: password length exceeds 72 bytes");
+        assert_eq!(refused, too_long);
+        let change = |password: &str| pb::AuthUserChangePasswordRequest {
+            name: "u".into(),
+            password: password.into(),
+            ..Default::default()
+        };
+        let refused = api.auth.user_change_password(change(&long)).await.map_err(said);
+        assert_eq!(refused.unwrap_err(), too_long);
+        api.auth.user_change_password(change("top-secret-2")).await.unwrap();
+        let options = Some(UserAddOptions { no_password: true });
+        let open = pb::AuthUserAddRequest { options, ..user("open", "top-secret-3") };
+        api.auth.user_add(open).await.unwrap();
+
+        let grant = |key: &str, range_end: &str| {
+            let (key, range_end) = (key.to_string().into(), range_end.to_string().into());
+            let perm = Some(Permission { key, range_end, ..Default::default() });
+            pb::AuthRoleGrantPermissionRequest { name: "r".into(), perm }
+        };
+        let none = pb::AuthRoleGrantPermissionRequest { name: "r".into(), perm: None };
+        for (request, text) in [
+            (none, "etcdserver: permission not given"),
+            (grant("", ""), mgmt),
+            (grant("", "\0"), mgmt),
+            (grant("b", "a"), mgmt),
+            (grant("b", "b"), mgmt),
+        ] {
+            let refused = api.auth.role_grant_permission(request).await.map_err(said);
+            assert_eq!(refused.unwrap_err(), error(Code::InvalidArgument, text));
+        }
+        let status = api.auth.auth_status(pb::AuthStatusRequest {}).await.unwrap().into_inner();
+        // Three users, a role and a password; what was refused does not count.
+        assert_eq!((status.enabled, status.auth_revision), (false, 6));
+        assert_eq!(revision(status.header), at);
+
+        // Switching it on is refused before anything of it is in the log: also after a restart the
+        // member goes on.
+        for (name, text) in [
+            ("nobody", "etcdserver: root user does not exist"),
+            ("root", "etcdserver: root user does not have root role"),
+        ] {
+            api.auth.user_add(user(name, "pw")).await.unwrap();
+            let refused = api.auth.auth_enable(pb::AuthEnableRequest {}).await.map_err(said);
+            assert_eq!(refused.unwrap_err(), error(Code::FailedPrecondition, text));
+        }
+        let root = pb::AuthUserGrantRoleRequest { user: "root".into(), role: "root".into() };
+        api.auth.user_grant_role(root).await.unwrap();
+        let refused = api.auth.auth_enable(pb::AuthEnableRequest {}).await.map_err(said);
+        let unsupported = error(Code::Unimplemented, "not supported yet: enabling authentication");
+        assert_eq!(refused.unwrap_err(), unsupported);
+        let mut member = member;
+        member.crash().await;
+        assert_eq!(member.api().put("k", "w").await, at + 1);
+        // No password is in any file.
+        for (path, bytes) in files(member.scratch()) {
+            let found = bytes.windows(10).any(|window| window == b"top-secret");
+            assert!(!found, "{}", path.display());
+        }
+    }
+}
+
+/// All files below `dir`.
+fn files(dir: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            found.extend(files(&path));
+        } else {
+            let bytes = std::fs::read(&path).unwrap();
+            found.push((path, bytes));
+        }
+    }
+    found
 }
 
 /// The lists of a nested transaction are checked like those of its parent.
