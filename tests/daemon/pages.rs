@@ -244,14 +244,15 @@ fn after_some_traffic_every_metric_is_there_and_a_prometheus_reads_it() {
     assert_eq!(daemon.http("/readyz").status, 200);
     assert_eq!(daemon.http("/health").status, 200);
 
-    // Gauges that nobody sets by himself are a second behind.
-    let families = wait_for("the size in use", || {
+    // Metrics that nobody sets by himself are a second behind.
+    let families = wait_for("the size in use and the events", || {
         let page = daemon.http("/metrics");
         assert_eq!(page.status, 200);
         assert_eq!(page.headers["content-type"], "text/plain; version=0.0.4; charset=utf-8");
         let families = parse(&page.body);
-        let in_use = families["etcd_mvcc_db_total_size_in_use_in_bytes"].samples[""];
-        if in_use > 0.0 { Ok(families) } else { Err(page.body) }
+        let late = ["etcd_mvcc_db_total_size_in_use_in_bytes", "etcd_debugging_mvcc_events_total"];
+        let shown = late.iter().all(|name| families[*name].samples[""] > 0.0);
+        if shown { Ok(families) } else { Err(page.body) }
     });
     for (name, kind, labels, _) in FAMILIES {
         let Some(family) = families.get(*name) else {
