@@ -1,7 +1,5 @@
 //! One member's disk is full: it stops, the others go on, and with space again it is as good as they.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Instant;
 
 use crate::record::{Load, Recorder};
@@ -9,33 +7,7 @@ use crate::rig::PATIENCE;
 use crate::rig::cluster::{Cluster, Options};
 use crate::rig::process::Program;
 use crate::scenario::{fill, with_own_cluster};
-
-/// A file system in memory, for as long as this lives.
-struct Tmpfs(PathBuf);
-
-impl Tmpfs {
-    /// `None` where this process may not mount.
-    fn mount(at: &Path, megabytes: u64) -> Option<Self> {
-        std::fs::create_dir_all(at).unwrap();
-        let size = format!("size={megabytes}m,mode=0700");
-        let mounted =
-            Command::new("mount").args(["-t", "tmpfs", "-o", &size, "tmpfs"]).arg(at).output();
-        mounted.is_ok_and(|output| output.status.success()).then(|| Tmpfs(at.to_path_buf()))
-    }
-
-    fn resize(&self, megabytes: u64) {
-        let size = format!("remount,size={megabytes}m");
-        let status = Command::new("mount").args(["-o", &size]).arg(&self.0).status().unwrap();
-        assert!(status.success(), "{status}");
-    }
-}
-
-impl Drop for Tmpfs {
-    fn drop(&mut self) {
-        // Lazily, should a process still have files there; nothing else can be done about a failure.
-        Command::new("umount").arg("-l").arg(&self.0).status().ok();
-    }
-}
+use crate::tmpfs::Tmpfs;
 
 #[test]
 fn a_full_disk_takes_one_member_out_and_nothing_with_it() {

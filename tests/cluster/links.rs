@@ -18,10 +18,7 @@ fn the_leader_is_cut_off() {
         println!("writable {outage:?} after the leader was cut off");
         assert!(outage <= outage_max(&cluster.options), "no writes for {outage:?}");
         assert_ne!(cluster.leader_among(&rest).await, leader);
-        cannot_serve(cluster, leader).await;
-        recorder.progress(30).await;
-        cluster.net.heal();
-        cluster.wait_serving(leader).await;
+        useless_until_healed(cluster, recorder, leader).await;
     });
 }
 
@@ -33,10 +30,7 @@ fn a_follower_is_cut_off() {
         let parted = Instant::now();
         let outage = cluster.writable_after(&others(follower), parted).await;
         assert!(outage <= outage_max(&cluster.options), "no writes for {outage:?}");
-        cannot_serve(cluster, follower).await;
-        recorder.progress(30).await;
-        cluster.net.heal();
-        cluster.wait_serving(follower).await;
+        useless_until_healed(cluster, recorder, follower).await;
     });
 }
 
@@ -66,10 +60,15 @@ async fn goes_on_without(cluster: &mut Cluster, recorder: &mut Recorder, leader:
     let outage = cluster.writable_after(&rest, Instant::now()).await;
     println!("writable {outage:?} after the leader was cut off one way");
     assert_ne!(cluster.leader_among(&rest).await, leader);
-    cannot_serve(cluster, leader).await;
+    useless_until_healed(cluster, recorder, leader).await;
+}
+
+/// A member that is cut off serves nobody while the others go on, and serves again with the links.
+async fn useless_until_healed(cluster: &mut Cluster, recorder: &mut Recorder, node: usize) {
+    cannot_serve(cluster, node).await;
     recorder.progress(30).await;
     cluster.net.heal();
-    cluster.wait_serving(leader).await;
+    cluster.wait_serving(node).await;
 }
 
 #[test]

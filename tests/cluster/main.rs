@@ -18,3 +18,5 @@ mod refuse;
 mod rig;
 mod scenario;
 mod snapshot;
+#[path = "../tmpfs/mod.rs"]
+mod tmpfs;

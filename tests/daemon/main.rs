@@ -10,4 +10,6 @@ mod page;
 mod pages;
 mod process;
 mod signals;
+#[path = "../tmpfs/mod.rs"]
+mod tmpfs;
 mod words;

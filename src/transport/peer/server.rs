@@ -121,6 +121,19 @@ fn learn(door: &Door, headers: &HeaderMap) {
     }
 }
 
+/// What every POST of raft has to get past; answers the sender as it calls itself.
+fn admit_post(door: &Door, request: &Request<Body>) -> Result<String, Box<Response>> {
+    let net = &door.net;
+    if request.method() != Method::POST {
+        return Err(Box::new(with_cluster(net, method_not_allowed("POST"))));
+    }
+    if let Some(response) = refuse_cluster(net, request.headers()) {
+        return Err(Box::new(response));
+    }
+    learn(door, request.headers());
+    Ok(text_of(request.headers(), "X-Server-From").unwrap_or_default().to_string())
+}
+
 /// 403 with what etcd says to it: its sender concludes that it was removed, and stops. So it is said
 /// to removed members only.
 fn forbidden(net: &Net) -> Response {
@@ -154,14 +167,10 @@ pub fn refuse_message(net: &Net, from: u64, to: u64) -> Option<Response> {
 
 async fn message(State(door): State<Arc<Door>>, request: Request<Body>) -> Response {
     let net = &door.net;
-    if request.method() != Method::POST {
-        return with_cluster(net, method_not_allowed("POST"));
-    }
-    if let Some(response) = refuse_cluster(net, request.headers()) {
-        return response;
-    }
-    learn(&door, request.headers());
-    let remote = text_of(request.headers(), "X-Server-From").unwrap_or_default().to_string();
+    let remote = match admit_post(&door, &request) {
+        Ok(remote) => remote,
+        Err(response) => return *response,
+    };
     let failed = |text: &str, error: &dyn std::fmt::Display| {
         net.metrics.peer_received_failures.with(&[&remote]).increment(1);
         tracing::warn!(
@@ -195,14 +204,10 @@ async fn message(State(door): State<Arc<Door>>, request: Request<Body>) -> Respo
 
 async fn snapshot(State(door): State<Arc<Door>>, request: Request<Body>) -> Response {
     let net = &door.net;
-    if request.method() != Method::POST {
-        return with_cluster(net, method_not_allowed("POST"));
-    }
-    if let Some(response) = refuse_cluster(net, request.headers()) {
-        return response;
-    }
-    learn(&door, request.headers());
-    let remote = text_of(request.headers(), "X-Server-From").unwrap_or_default().to_string();
+    let remote = match admit_post(&door, &request) {
+        Ok(remote) => remote,
+        Err(response) => return *response,
+    };
     let started = Instant::now();
     let failed = |from: &str, status: StatusCode, text: String| {
         net.metrics.snapshot_receive_failures.with(&[from]).increment(1);
