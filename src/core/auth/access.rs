@@ -426,3 +426,8 @@ fn granted(granted: bool) -> Result<(), AuthError> {
 fn has_credential(caller: &Caller) -> Result<(), AuthError> {
     if caller.username.is_empty() { Err(AuthError::UserEmpty) } else { Ok(()) }
 }
+
+#[cfg(test)]
+mod model;
+#[cfg(test)]
+mod tests;
