@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use bytes::Bytes;
 use engine_api::Batch;
 use proptest::prelude::*;
 use proptest::sample::select;

@@ -1,3 +1,4 @@
+use bytes::Bytes;
 use engine_api::Batch;
 use quorate_proto::authpb::permission::Type::{self, Read, Readwrite, Write};
 use quorate_proto::authpb::{Permission, UserAddOptions};
@@ -255,6 +256,42 @@ fn leases_are_told_to_who_may_read_all_their_keys() {
     assert_eq!(store.check(&caller(&store, "ghost"), &need, &leases), Ok(()), "any credential");
 }
 
+/// Where there are more keys than ranges, the gaps between the ranges are looked at.
+#[test]
+fn a_lease_of_many_keys_is_judged_by_all_of_them() {
+    let store = store(&[
+        ("two", &[(Write, "a", "c"), (Write, "m", "n")]),
+        ("rest", &[(Write, "a", "c"), (Write, "m", "\0")]),
+        ("none", &[]),
+    ]);
+    let mut leases = LeaseTable::new(1);
+    leases.grant(LeaseId(1), 60).unwrap();
+    let asked = need(Asked::LeaseRevoke(LeaseId(1)));
+    let refused = Err(AuthError::PermissionDenied);
+    // Few keys are kept in another form than many.
+    for count in [3, 200] {
+        for n in 0..count {
+            let key = format!("{}{n}", ["a", "b", "m"][n % 3]);
+            leases.attach(key.as_bytes(), LeaseId(1)).unwrap();
+        }
+        for foreign in [None, Some("A"), Some("c"), Some("l"), Some("n"), Some("z")] {
+            if let Some(key) = foreign {
+                leases.attach(key.as_bytes(), LeaseId(1)).unwrap();
+            }
+            for (user, last) in [("two", None), ("rest", Some("m"))] {
+                let may = foreign.is_none() || last.is_some_and(|last| foreign >= Some(last));
+                let expected = if may { Ok(()) } else { refused };
+                let found = store.check(&caller(&store, user), &asked, &leases);
+                assert_eq!(found, expected, "{user}, {count} keys and {foreign:?}");
+            }
+            assert_eq!(store.check(&caller(&store, "none"), &asked, &leases), refused);
+            if let Some(key) = foreign {
+                leases.detach(key.as_bytes());
+            }
+        }
+    }
+}
+
 #[test]
 fn entries_of_the_log_need_what_all_releases_ask_for() {
     use quorate_proto::membershippb;
@@ -433,7 +470,9 @@ fn errors_come_in_the_order_of_etcd() {
 #[test]
 fn nothing_is_asked_for_while_authentication_is_off() {
     let mut store = store(&[]);
+    assert_eq!(Caller::root(&store), caller(&store, ROOT));
     store.disable(&mut Batch::default());
+    assert_eq!(Caller::root(&store), Caller::NOBODY);
     for asked in [Asked::Compact, Asked::Put(&put("x")), Asked::LeaseLeases] {
         assert_eq!(store.check(&Caller::NOBODY, &need(asked), &leases()), Ok(()));
     }
