@@ -202,9 +202,10 @@ pub fn need(asked: Asked<'_>) -> Need<'_> {
     }
 }
 
-/// What an entry of the log needs to be executed: what every release that shares the log asks for, as
-/// members that differ in it would come to differ in their data. Whatever else a call needs was asked for
-/// before it was proposed; members propose for themselves without a user.
+/// What an entry of the log needs to be executed: exactly what etcd asks for there, as members that differ
+/// in it would come to differ in their data. (That nested transactions are looked into is so from 3.4.44,
+/// 3.5.30 and 3.6.11 on.) Whatever else a call needs was asked for before it was proposed; members
+/// propose for themselves without a user.
 pub fn need_of_entry(request: &Request) -> Need<'_> {
     match request {
         Request::Range(range) => Need::Keys(range_accesses(range)),

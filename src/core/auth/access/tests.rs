@@ -1,7 +1,8 @@
 use bytes::Bytes;
 use engine_api::Batch;
+use prost::Message;
 use quorate_proto::authpb::permission::Type::{self, Read, Readwrite, Write};
-use quorate_proto::authpb::{Permission, UserAddOptions};
+use quorate_proto::authpb::{Permission, Role, User, UserAddOptions};
 
 use super::super::password::Salt;
 use super::*;
@@ -391,7 +392,11 @@ fn needed_by(txn: &pb::TxnRequest) -> Need<'_> {
 
 #[test]
 fn a_watch_gets_the_keys_that_were_asked_for_and_no_later_ones() {
-    let store = store(&[("one", &[(Read, "m", "")]), ("rest", &[(Read, "m", "\0")])]);
+    let store = store(&[
+        ("one", &[(Read, "m", "")]),
+        ("rest", &[(Read, "m", "\0")]),
+        ("all", &[(Read, "\0", "\0")]),
+    ]);
     let check = |user: &str, key: &str, range_end: &str| {
         let watch = pb::WatchCreateRequest {
             key: key.to_string().into(),
@@ -413,6 +418,7 @@ fn a_watch_gets_the_keys_that_were_asked_for_and_no_later_ones() {
     ] {
         assert_eq!(check("one", key, range_end), one, "{key:?} {range_end:?}");
         assert_eq!(check("rest", key, range_end), rest, "{key:?} {range_end:?}");
+        assert!(check("all", key, range_end), "{key:?} {range_end:?}");
     }
 }
 
@@ -536,7 +542,7 @@ fn a_permission_that_makes_no_sense_permits_nothing() {
         key: key.into(),
         range_end: range_end.into(),
     };
-    let role = quorate_proto::authpb::Role {
+    let role = Role {
         name: "r".into(),
         key_permission: vec![
             permission(0, "", "\0"),
@@ -548,17 +554,30 @@ fn a_permission_that_makes_no_sense_permits_nothing() {
             permission(-1, "a", "z"),
         ],
     };
-    let user = quorate_proto::authpb::User {
-        name: "u".into(),
-        roles: vec!["missing".into(), "r".into()],
-        ..Default::default()
-    };
-    store.restore_role(&prost::Message::encode_to_vec(&role)).unwrap();
-    store.restore_user(&prost::Message::encode_to_vec(&user)).unwrap();
+    let user =
+        User { name: "u".into(), roles: vec!["missing".into(), "r".into()], ..Default::default() };
+    store.restore_role(&role.encode_to_vec()).unwrap();
+    store.restore_user(&user.encode_to_vec()).unwrap();
     store.restore_state(true, 5);
     for (key, range_end) in [("", ""), ("a", ""), ("c", ""), ("m", ""), ("a", "z"), ("\0", "\0")] {
         let range = range(key, range_end);
         let found = store.check(&caller(&store, "u"), &need(Asked::Range(&range)), &leases());
         assert_eq!(found, Err(AuthError::PermissionDenied), "{key:?} {range_end:?}");
+    }
+
+    // Nor does it take away what others permit.
+    let others = [permission(1, "k", "x"), permission(1, "z", "c")];
+    let role = Role { name: "s".into(), key_permission: others.to_vec() };
+    let user = User { name: "v".into(), roles: vec!["s".into()], ..Default::default() };
+    store.restore_role(&role.encode_to_vec()).unwrap();
+    store.restore_user(&user.encode_to_vec()).unwrap();
+    store.restore_state(true, 5);
+    let mut leases = LeaseTable::new(1);
+    leases.grant(LeaseId(1), 60).unwrap();
+    for key in ["k1", "k2", "m"] {
+        leases.attach(key.as_bytes(), LeaseId(1)).unwrap();
+        let found =
+            store.check(&caller(&store, "v"), &need(Asked::LeaseRevoke(LeaseId(1))), &leases);
+        assert_eq!(found, Ok(()), "{key}");
     }
 }
