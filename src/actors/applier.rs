@@ -76,6 +76,18 @@ pub struct Checkpoint(pub oneshot::Sender<Index>);
 #[rtype(result = "()")]
 pub struct Flush(pub oneshot::Sender<Index>);
 
+/// Who is told of logins and of what ends them, in the order of the log, before any of it can be read.
+pub trait TokenSink: Send + Sync {
+    /// A user has logged in and is to be known by `token`.
+    fn assigned(&self, user: &str, token: &str);
+    /// A user was deleted or has another password.
+    fn user_dropped(&self, user: &str);
+    /// Authentication was switched off, or all users were replaced.
+    fn all_dropped(&self);
+    /// Entries were applied, and what they made is published.
+    fn applied(&self);
+}
+
 /// When a batch for the engine is cut, and what else the applier is told once.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
@@ -117,6 +129,7 @@ pub struct Links {
     pub installer: Installer,
     /// The peer network.
     pub peers: Recipient<Members>,
+    pub tokens: Arc<dyn TokenSink>,
     pub exit: Exit,
 }
 

@@ -10,3 +10,4 @@ pub mod member;
 pub mod peer;
 pub mod reconfig;
 pub mod status;
+pub mod token;
