@@ -117,6 +117,11 @@ pub enum Reply {
     LeaseCheckpoint(pb::LeaseCheckpointResponse),
     Alarm(pb::AlarmResponse),
     AuthStatus(pb::AuthStatusResponse),
+    /// The simple token, empty if none was proposed, and the revision of users and roles that it is of.
+    Authenticate {
+        token: String,
+        auth_revision: u64,
+    },
     UserGet(pb::AuthUserGetResponse),
     UserList(pb::AuthUserListResponse),
     RoleGet(pb::AuthRoleGetResponse),
@@ -141,6 +146,17 @@ pub enum LeaseChange {
     },
 }
 
+/// A simple token that came or went, for those who tell users by them.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum TokenChange {
+    /// A user has shown its password.
+    Assigned { username: String, token: String },
+    /// No token of this user is good any more.
+    Ended { username: String },
+    /// No token of anyone is good any more.
+    AllEnded,
+}
+
 /// What applying an entry did besides its reply.
 #[derive(Default, Debug)]
 pub struct Effects {
@@ -149,8 +165,10 @@ pub struct Effects {
     /// Compactions that took effect, in the order of their revisions.
     pub compactions: Vec<Scheduled>,
     pub alarms: bool,
-    /// Users or roles.
+    /// Whether users are asked for, or users or roles.
     pub auth: bool,
+    /// In order.
+    pub tokens: Vec<TokenChange>,
     pub members: bool,
     pub cluster_version: bool,
 }
@@ -293,9 +311,9 @@ fn restore_auth(view: &dyn View) -> Result<AuthStore, EngineError> {
         Some([1]) => true,
         Some(_) => return Err(corrupt(Table::Auth, auth::ENABLED, "neither 0 nor 1")),
     };
-    store.restore_state(enabled, counter(view, Table::Auth, auth::REVISION)?);
     each(view, Table::AuthUsers, |_, value| store.restore_user(value))?;
     each(view, Table::AuthRoles, |_, value| store.restore_role(value))?;
+    store.restore_state(enabled, counter(view, Table::Auth, auth::REVISION)?);
     Ok(store)
 }
 
