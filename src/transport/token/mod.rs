@@ -17,6 +17,7 @@ use tokio::sync::Notify;
 
 use crate::actors::applier::TokenSink;
 use crate::config::AuthToken;
+use crate::core::apply::TokenChange;
 use crate::core::types::{Index, Uptime};
 
 pub use jwt::KeyError;
@@ -253,28 +254,20 @@ impl Tokens {
             }
         }
     }
-
-    fn take_back(&self, drop: impl FnOnce(&Simple)) {
-        if let Provider::Simple(simple) = &self.provider {
-            drop(simple);
-            self.generation.store(next_generation(), Ordering::Release);
-        }
-    }
 }
 
 impl TokenSink for Tokens {
-    fn assigned(&self, user: &str, token: &str) {
-        if let Provider::Simple(simple) = &self.provider {
-            simple.assign(user, token, self.clock.uptime());
+    fn changed(&self, change: &TokenChange) {
+        let Provider::Simple(simple) = &self.provider else { return };
+        match change {
+            TokenChange::Assigned { username, token } => {
+                return simple.assign(username, token, self.clock.uptime());
+            }
+            TokenChange::Ended { username } => simple.drop_user(username),
+            TokenChange::AllEnded => simple.clear(),
         }
-    }
-
-    fn user_dropped(&self, user: &str) {
-        self.take_back(|simple| simple.drop_user(user));
-    }
-
-    fn all_dropped(&self) {
-        self.take_back(Simple::clear);
+        // After that: a thread that has found one of them before remembers it under the old number.
+        self.generation.store(next_generation(), Ordering::Release);
     }
 
     fn applied(&self) {
