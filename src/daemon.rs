@@ -33,7 +33,7 @@ use crate::bootstrap::{self, Birth, BootstrapError, Plan};
 use crate::cli::ETCD_VERSION;
 use crate::config::duration::GoDuration;
 use crate::config::{Config, ConfigError, EngineKind, Gate, Origins, Retention, Url};
-use crate::core::apply::{Machine, RestoreError, STORAGE_VERSION};
+use crate::core::apply::{Machine, STORAGE_VERSION};
 use crate::core::autocompact::{self, AutoCompaction};
 use crate::core::cluster_version;
 use crate::core::command::{Command, Request};
@@ -95,8 +95,6 @@ enum StartError {
     Install(#[from] InstallError),
     #[error("storage engine: {0}")]
     Engine(#[from] engine_api::EngineError),
-    #[error(transparent)]
-    Restore(#[from] RestoreError),
     #[error("raft log: {0}")]
     Raft(#[from] crate::core::raft::RaftError),
     #[error(transparent)]

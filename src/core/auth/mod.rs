@@ -155,13 +155,63 @@ impl AuthStore {
         Ok(())
     }
 
-    /// Switches authentication off; nothing happens if it is off.
-    pub fn disable(&mut self, batch: &mut Batch) {
-        if self.enabled {
-            self.enabled = false;
+    /// Switches authentication on; nothing happens if it is on. No revision is counted.
+    ///
+    /// # Errors
+    /// `RootUserNotExist`, `RootRoleNotExist`.
+    pub fn enable(&mut self, batch: &mut Batch) -> Result<(), AuthError> {
+        if !self.enabled {
+            self.check_enable()?;
+            self.enabled = true;
+            batch.put(Table::Auth, ENABLED, &[1][..]);
+        }
+        Ok(())
+    }
+
+    /// Switches authentication off; answers false if it is off already.
+    pub fn disable(&mut self, batch: &mut Batch) -> bool {
+        let disabled = std::mem::take(&mut self.enabled);
+        if disabled {
             batch.put(Table::Auth, ENABLED, &[0][..]);
             self.count_up(batch);
         }
+        disabled
+    }
+
+    /// Whether a user may be given a token. Its password was checked before that was proposed.
+    ///
+    /// # Errors
+    /// `NotEnabled`, `AuthFailed`.
+    pub fn check_login(&self, user: &str) -> Result<(), AuthError> {
+        if !self.enabled {
+            return Err(AuthError::NotEnabled);
+        }
+        match self.users.get(user) {
+            Some(user) if !has_no_password(user) => Ok(()),
+            _ => Err(AuthError::AuthFailed),
+        }
+    }
+
+    /// What a password given by `user` is to be compared with: the text of a hash.
+    ///
+    /// # Errors
+    /// `NotEnabled`, `AuthFailed` for an unknown user, `NoPasswordUser`.
+    pub fn password_of(&self, user: &str) -> Result<&Bytes, AuthError> {
+        if !self.enabled {
+            return Err(AuthError::NotEnabled);
+        }
+        match self.users.get(user) {
+            None => Err(AuthError::AuthFailed),
+            Some(user) if has_no_password(user) => Err(AuthError::NoPasswordUser),
+            Some(user) => Ok(&user.password),
+        }
+    }
+
+    /// Whether tokens that `user` was given under this store are good under another one, of which it is
+    /// not known how it came about: those of a user that is gone or has another password are not.
+    pub fn tokens_last(&self, user: &str, under: &AuthStore) -> bool {
+        let password = |store: &AuthStore| store.users.get(user).map(|user| user.password.clone());
+        under.enabled && password(self).is_some_and(|old| password(under) == Some(old))
     }
 
     /// Adds a user. A password in the clear, as members before 3.5 propose it, is hashed with `salt`.
@@ -224,7 +274,7 @@ impl AuthStore {
         batch: &mut Batch,
     ) -> Result<(), AuthError> {
         let mut user = self.user(&request.name)?.clone();
-        user.password = if user.options.is_some_and(|options| options.no_password) {
+        user.password = if has_no_password(&user) {
             Bytes::new()
         } else {
             password::chosen(&request.password, &request.hashed_password, salt)?
@@ -450,6 +500,10 @@ impl AuthStore {
 
 fn name(bytes: &Bytes) -> Result<String, String> {
     String::from_utf8(bytes.to_vec()).map_err(|error| error.to_string())
+}
+
+fn has_no_password(user: &User) -> bool {
+    user.options.is_some_and(|options| options.no_password)
 }
 
 /// The user without a role; `None` if it does not have it.
