@@ -80,6 +80,8 @@ pub struct Flush(pub oneshot::Sender<Index>);
 pub trait TokenSink: Send + Sync {
     /// A token came or went.
     fn changed(&self, change: &TokenChange);
+    /// Users were replaced: the tokens of those that `lasts` denies are not good any more.
+    fn replaced(&self, lasts: &dyn Fn(&str) -> bool);
     /// Entries were applied, and what they made is published.
     fn applied(&self);
 }
@@ -284,8 +286,9 @@ impl Applier {
         let restored = self.machine.replaced_by(&*engine.view()?)?;
         let before = self.machine.store.now().compact_revision();
         // Among what was skipped a user may have been deleted, or have got another password.
-        if self.machine.auth.revision() != restored.machine.auth.revision() {
-            self.links.tokens.changed(&TokenChange::AllEnded);
+        let (old, new) = (&self.machine.auth, &restored.machine.auth);
+        if old.revision() != new.revision() {
+            self.links.tokens.replaced(&|user| old.tokens_last(user, new));
         }
         self.machine = restored.machine;
         let now = self.machine.store.now();
@@ -777,7 +780,7 @@ mod tests {
             ..Default::default()
         };
         let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
-        assert_eq!(rig.watch.send(Ask { stream, request }).await, Ok(true));
+        assert_eq!(rig.watch.send(Ask { stream, request, permission: Ok(()) }).await, Ok(true));
         responses
     }
 

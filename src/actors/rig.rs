@@ -110,6 +110,8 @@ struct NoTokens;
 impl applier::TokenSink for NoTokens {
     fn changed(&self, _: &TokenChange) {}
 
+    fn replaced(&self, _: &dyn Fn(&str) -> bool) {}
+
     fn applied(&self) {}
 }
 

@@ -135,8 +135,8 @@ impl Member {
         let who = self.who(credentials).await?;
         match gate {
             Gate::Open | Gate::Token | Gate::Read => {}
-            Gate::Here(asked) => self.check(&who, asked)?,
-            Gate::Log => self.check_known(&who).await?,
+            Gate::Here(asked) => self.permit(&who, asked)?,
+            Gate::Log => self.permit_known(&who).await?,
         }
         Ok(who)
     }
@@ -145,7 +145,7 @@ impl Member {
     ///
     /// # Errors
     /// What the client is told.
-    pub fn check(&self, who: &Who, asked: Asked<'_>) -> Result<(), Status> {
+    pub fn permit(&self, who: &Who, asked: Asked<'_>) -> Result<(), Status> {
         let now = self.shared.published.load();
         if now.auth.enabled() {
             check(&now, who, &need(asked))?;
@@ -153,21 +153,21 @@ impl Member {
         Ok(())
     }
 
-    /// As [`Member::check`], after everything that was committed before this call is known here.
+    /// As [`Member::permit`], after everything that was committed before this call is known here.
     ///
     /// # Errors
     /// What the client is told.
-    pub async fn check_now(self: &Arc<Self>, who: &Who, asked: Asked<'_>) -> Result<(), Status> {
+    pub async fn permit_now(self: &Arc<Self>, who: &Who, asked: Asked<'_>) -> Result<(), Status> {
         if self.shared.published.load().auth.enabled() {
             self.read_index().await?;
-            self.check(who, asked)?;
+            self.permit(who, asked)?;
         }
         Ok(())
     }
 
     /// Refuses someone who shows nothing, if that is certain: this member may not have heard yet that
     /// authentication is off.
-    async fn check_known(self: &Arc<Self>, who: &Who) -> Result<(), Status> {
+    async fn permit_known(self: &Arc<Self>, who: &Who) -> Result<(), Status> {
         let enabled = || self.shared.published.load().auth.enabled();
         if who.is_nobody() && enabled() {
             self.read_index().await?;

@@ -503,10 +503,10 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::actors::spawn::Seat;
+    use crate::config::AuthToken;
     use crate::core::apply::Machine;
     use crate::core::membership::{Membership, Version};
     use crate::core::types::ClusterId;
-    use crate::config::AuthToken;
     use crate::transport::token::SystemClock;
 
     /// A member whose actors never run, so that nothing sent to them is answered.

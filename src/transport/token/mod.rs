@@ -249,9 +249,7 @@ impl Tokens {
         match &self.provider {
             Provider::None => Err(IssueError::NoProvider),
             Provider::Simple(_) => simple::prefix().map(Issue::Prefix),
-            Provider::Jwt(jwt) => {
-                jwt.sign(user, revision, self.clock.unix_s()).map(Issue::Signed)
-            }
+            Provider::Jwt(jwt) => jwt.sign(user, revision, self.clock.unix_s()).map(Issue::Signed),
         }
     }
 }
@@ -263,11 +261,18 @@ impl TokenSink for Tokens {
             TokenChange::Assigned { username, token } => {
                 return simple.assign(username, token, self.clock.uptime());
             }
-            TokenChange::Ended { username } => simple.drop_user(username),
-            TokenChange::AllEnded => simple.clear(),
+            TokenChange::Ended { username } => simple.retain(&|user| user != username),
+            TokenChange::AllEnded => simple.retain(&|_| false),
         }
         // After that: a thread that has found one of them before remembers it under the old number.
         self.generation.store(next_generation(), Ordering::Release);
+    }
+
+    fn replaced(&self, lasts: &dyn Fn(&str) -> bool) {
+        if let Provider::Simple(simple) = &self.provider {
+            simple.retain(lasts);
+            self.generation.store(next_generation(), Ordering::Release);
+        }
     }
 
     fn applied(&self) {

@@ -62,10 +62,7 @@ pub(super) fn index(token: &str) -> Option<Index> {
 impl Simple {
     pub fn new(ttl: Duration) -> Self {
         let shard = || RwLock::new(Shard { tokens: Map::default(), sweep_at: Uptime(0) });
-        Simple {
-            ttl_ms: ttl.as_millis() as u64,
-            shards: (0..SHARDS).map(|_| shard()).collect(),
-        }
+        Simple { ttl_ms: ttl.as_millis() as u64, shards: (0..SHARDS).map(|_| shard()).collect() }
     }
 
     fn shard(&self, token: &str) -> &RwLock<Shard> {
@@ -121,15 +118,10 @@ impl Simple {
         shard.tokens.insert(token.into(), stored);
     }
 
-    pub fn drop_user(&self, user: &str) {
+    /// Takes back the tokens of users that `lasts` denies.
+    pub fn retain(&self, lasts: &dyn Fn(&str) -> bool) {
         for shard in &self.shards {
-            shard.write().tokens.retain(|_, stored| *stored.user != *user);
-        }
-    }
-
-    pub fn clear(&self) {
-        for shard in &self.shards {
-            shard.write().tokens.clear();
+            shard.write().tokens.retain(|_, stored| lasts(&stored.user));
         }
     }
 
