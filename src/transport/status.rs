@@ -78,6 +78,8 @@ statuses! {
         "etcdserver: authentication failed, invalid user ID or password";
     permission_denied = PermissionDenied "etcdserver: permission denied";
     auth_old_revision = InvalidArgument "etcdserver: revision of auth store is old";
+    invalid_auth_token = Unauthenticated "etcdserver: invalid auth token";
+    verify_only = Unknown "auth: token signing attempted with verify-only key";
     auth_not_enabled = FailedPrecondition "etcdserver: authentication is not enabled";
     no_leader = Unavailable "etcdserver: no leader";
     not_leader = FailedPrecondition "etcdserver: not leader";
@@ -247,6 +249,7 @@ mod tests {
                 "raft proposal dropped",
                 "auth: authentication failed, password was given for no password user",
                 "bcrypt: password length exceeds 72 bytes",
+                "auth: token signing attempted with verify-only key",
             ];
             assert!(text.starts_with("etcdserver: ") || plain.contains(text), "{text}");
         }
