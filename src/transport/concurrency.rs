@@ -631,6 +631,44 @@ mod tests {
         assert_eq!(late.code(), Code::DeadlineExceeded);
     }
 
+    fn changes(responses: Vec<Result<pb::WatchResponse, Status>>) -> Changes {
+        Changes(Box::pin(stream::iter(responses)))
+    }
+
+    fn put() -> pb::WatchResponse {
+        pb::WatchResponse { events: vec![Default::default()], ..Default::default() }
+    }
+
+    #[tokio::test]
+    async fn a_watch_tells_of_changes_and_of_their_loss() {
+        let created = pb::WatchResponse { created: true, ..Default::default() };
+        let compacted =
+            pb::WatchResponse { canceled: true, compact_revision: 7, ..Default::default() };
+        let progress = pb::WatchResponse::default();
+        let all = vec![created.clone(), put(), progress, put(), compacted];
+        let mut changes = changes(all.into_iter().map(Ok).collect());
+        assert_eq!(changes.next().await.unwrap(), Some(put()));
+        assert_eq!(changes.next().await.unwrap(), Some(put()));
+        assert_eq!(changes.next().await.unwrap(), None);
+        // A stream that ends is one of a member that ends.
+        assert_eq!(changes.next().await.unwrap_err().message(), status::stopped().message());
+    }
+
+    #[tokio::test]
+    async fn a_watch_that_is_refused_says_why() {
+        let reason = "rpc error: code = PermissionDenied desc = etcdserver: permission denied";
+        let refused = pb::WatchResponse {
+            created: true,
+            canceled: true,
+            cancel_reason: reason.into(),
+            ..Default::default()
+        };
+        let refused = changes(vec![Ok(refused)]).next().await.unwrap_err();
+        assert_eq!((refused.code(), refused.message()), (Code::FailedPrecondition, reason));
+        let ended = changes(vec![Err(status::stopped())]).next().await.unwrap_err();
+        assert_eq!(ended.code(), Code::Unavailable);
+    }
+
     #[test]
     fn what_passes_is_tried_again() {
         for status in [

