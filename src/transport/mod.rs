@@ -2,6 +2,7 @@
 
 pub mod access;
 mod authority;
+pub mod concurrency;
 pub mod grpc;
 pub mod guard;
 pub mod http;

@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures_util::Stream;
 use futures_util::future::BoxFuture;
+use futures_util::{Stream, StreamExt};
 use prost::Message as _;
 use quorate_proto::etcdserverpb as pb;
 use quorate_proto::etcdserverpb::watch_request::RequestUnion;
@@ -93,14 +93,12 @@ fn in_words(status: &Status) -> String {
     format!("rpc error: code = {:?} desc = {}", status.code(), status.message())
 }
 
-#[tonic::async_trait]
-impl pb::watch_server::Watch for Watch {
-    type WatchStream = Reply<pb::WatchResponse>;
-
-    async fn watch(
-        &self,
-        request: Request<Streaming<pb::WatchRequest>>,
-    ) -> Result<Response<Self::WatchStream>, Status> {
+impl Watch {
+    /// Opens a stream for the requests of a client, or of another service of this member.
+    pub fn open<S>(&self, request: Request<S>) -> Result<Reply<pb::WatchResponse>, Status>
+    where
+        S: Stream<Item = Result<pb::WatchRequest, Status>> + Unpin + 'static,
+    {
         let member = self.0.clone();
         let (call, credentials) = member.open_session(Method::Watch, &request, false)?;
         let end = Box::pin(member.stream_end(request.metadata()));
@@ -114,7 +112,7 @@ impl pb::watch_server::Watch for Watch {
         let mut requests = request.into_inner();
         let reader = actix::spawn(async move {
             // A client that closes its side goes on receiving; one that is gone drops `Responses`.
-            while let Ok(Some(request)) = requests.message().await {
+            while let Some(Ok(request)) = requests.next().await {
                 received.count(request.encoded_len());
                 let permission = match &request.request_union {
                     Some(RequestUnion::CreateRequest(create)) => {
@@ -144,6 +142,18 @@ impl pb::watch_server::Watch for Watch {
             reader: reader.abort_handle(),
             ended: false,
         };
-        Ok(Response::new(Box::pin(Counted::new(responses, deadline, call))))
+        Ok(Box::pin(Counted::new(responses, deadline, call)))
+    }
+}
+
+#[tonic::async_trait]
+impl pb::watch_server::Watch for Watch {
+    type WatchStream = Reply<pb::WatchResponse>;
+
+    async fn watch(
+        &self,
+        request: Request<Streaming<pb::WatchRequest>>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        self.open(request).map(Response::new)
     }
 }
