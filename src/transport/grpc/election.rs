@@ -196,7 +196,7 @@ impl election_server::Election for Election {
         request: Request<election::CampaignRequest>,
     ) -> Result<Response<election::CampaignResponse>, Status> {
         let caller = Caller::of(&self.0, &request);
-        let run = |request| async { campaign(caller, request).await.map_err(told) };
+        let run = |request, _| async { campaign(caller, request).await.map_err(told) };
         self.0.unary(Method::Campaign, |_| false, request, run).await
     }
 
@@ -205,7 +205,7 @@ impl election_server::Election for Election {
         request: Request<election::ProclaimRequest>,
     ) -> Result<Response<election::ProclaimResponse>, Status> {
         let caller = Caller::of(&self.0, &request);
-        let run = |request| async { proclaim(caller, request).await.map_err(told) };
+        let run = |request, _| async { proclaim(caller, request).await.map_err(told) };
         self.0.unary(Method::Proclaim, |_| false, request, run).await
     }
 
@@ -214,7 +214,7 @@ impl election_server::Election for Election {
         request: Request<election::LeaderRequest>,
     ) -> Result<Response<election::LeaderResponse>, Status> {
         let caller = Caller::of(&self.0, &request);
-        let run = |request| async { leader(caller, request).await.map_err(told) };
+        let run = |request, _| async { leader(caller, request).await.map_err(told) };
         self.0.unary(Method::Leader, |_| false, request, run).await
     }
 
@@ -224,7 +224,7 @@ impl election_server::Election for Election {
         &self,
         request: Request<election::LeaderRequest>,
     ) -> Result<Response<Self::ObserveStream>, Status> {
-        let call = self.0.open_stream(Method::Observe, &request, false)?;
+        let (call, _) = self.0.open_stream(Method::Observe, &request, false).await?;
         let end = self.0.stream_end(request.metadata());
         let deadline = Deadline::of(request.metadata());
         let caller = Caller::of(&self.0, &request);
@@ -261,7 +261,7 @@ impl election_server::Election for Election {
         request: Request<election::ResignRequest>,
     ) -> Result<Response<election::ResignResponse>, Status> {
         let caller = Caller::of(&self.0, &request);
-        let run = |request| async { resign(caller, request).await.map_err(told) };
+        let run = |request, _| async { resign(caller, request).await.map_err(told) };
         self.0.unary(Method::Resign, |_| false, request, run).await
     }
 }

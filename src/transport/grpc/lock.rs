@@ -41,7 +41,7 @@ async fn unlock(caller: Caller, request: UnlockRequest) -> Result<UnlockResponse
 impl lock_server::Lock for Lock {
     async fn lock(&self, request: Request<LockRequest>) -> Result<Response<LockResponse>, Status> {
         let caller = Caller::of(&self.0, &request);
-        let run = |request| async { lock(caller, request).await.map_err(told) };
+        let run = |request, _| async { lock(caller, request).await.map_err(told) };
         self.0.unary(Method::Lock, |_| false, request, run).await
     }
 
@@ -50,7 +50,7 @@ impl lock_server::Lock for Lock {
         request: Request<UnlockRequest>,
     ) -> Result<Response<UnlockResponse>, Status> {
         let caller = Caller::of(&self.0, &request);
-        let run = |request| async { unlock(caller, request).await.map_err(told) };
+        let run = |request, _| async { unlock(caller, request).await.map_err(told) };
         self.0.unary(Method::Unlock, |_| false, request, run).await
     }
 }
