@@ -460,6 +460,11 @@ pub enum Turn {
 /// A place in a queue. Dropped before [`Contender::keep`], it is given up: the key is deleted, unless
 /// another call with this lease created it and was at the head already. That one may have been told
 /// that it holds what is contended for, and leaving this call must not take it away.
+///
+/// Only the key that was entered with is deleted, known by its create revision: one that the same lease
+/// has made since then stays. A caller that asks again with the same lease before the first call has
+/// ended, by way of another member, still shares one key with it, as it does with etcd: whoever has to
+/// be certain takes another lease, or makes what it does depend on the key.
 pub struct Contender {
     caller: Caller,
     queue: Queue,
