@@ -8,4 +8,5 @@ pub mod listener;
 pub mod member;
 pub mod peer;
 pub mod reconfig;
+pub mod san;
 pub mod status;
