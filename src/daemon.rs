@@ -54,6 +54,7 @@ use crate::transport::http::status::{ClientRules, client_router, metrics_router}
 use crate::transport::listener::{self, Bound, Served, Services, Workers};
 use crate::transport::member::{Limits, Member};
 use crate::transport::peer;
+use crate::transport::peer::client::Dialer;
 use crate::transport::peer::hashkv::Asker;
 use crate::transport::peer::network::{self, Net, Network, RaftLink};
 use crate::transport::peer::server::Door;
@@ -495,7 +496,8 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     };
     // A port that is taken is found out before the directory is touched.
     let bound = bind_all(config, &options)?;
-    let birth = bootstrap::birth(config, plan, server_version()).await?;
+    let dialer = Dialer::clear(PEER_DIAL_TIMEOUT + Duration::from_millis(config.raft.election_ms));
+    let birth = bootstrap::birth(config, plan, &dialer, server_version()).await?;
     let snapshots = SnapDir::open(disk.clone(), &config.member.snap_dir())?;
     let mut found = read_directory(config, &disk, &snapshots, birth.as_ref())?;
     if config.cluster.force_new && plan == Plan::Restart {
@@ -536,10 +538,8 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         if birth.is_some() { "starting local member" } else { "restarting local member" }
     );
     show_identity(&shared, config);
-    let peers: Arc<dyn Peers> = Arc::new(Asker {
-        cluster_id: found.cluster_id,
-        timeout: PEER_DIAL_TIMEOUT + Duration::from_millis(config.raft.election_ms),
-    });
+    let peers: Arc<dyn Peers> =
+        Arc::new(Asker { cluster_id: found.cluster_id, dialer: dialer.clone() });
     if plan == Plan::Restart && config.gates.enabled(Gate::InitialCorruptCheck) {
         let timeout = config.raft.request_timeout();
         let checked = integrity::check_at_start(&shared, &*peers, timeout).await;
@@ -547,8 +547,17 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     }
     let mut running = Running { arbiters: Vec::new() };
     let peers_thread = running.arbiter("peers");
-    let Started { member, wal, door } =
-        running.start_actors(config, found, node, &shared, &exit, disk, snapshots, &peers_thread);
+    let Started { member, wal, door } = running.start_actors(
+        config,
+        found,
+        node,
+        &shared,
+        &exit,
+        &dialer,
+        disk,
+        snapshots,
+        &peers_thread,
+    );
 
     let services = Arc::new(Services::new(
         &member,
@@ -654,6 +663,7 @@ impl Running {
         node: Node,
         shared: &Arc<Shared>,
         exit: &Exit,
+        dialer: &Dialer,
         disk: SharedDisk,
         snapshots: SnapDir,
         peers_thread: &ArbiterHandle,
@@ -678,6 +688,7 @@ impl Running {
             watch: watch_seat.addr(),
             compactor: compactor_seat.addr(),
             exit: exit.clone(),
+            dialer: dialer.clone(),
             limits: Limits {
                 request_bytes_max: config.limits.max_request_bytes as usize,
                 txn_ops_max: config.limits.max_txn_ops as usize,
@@ -715,6 +726,7 @@ impl Running {
                 cluster_id: shared.cluster_id,
                 local: shared.member_id,
                 own_urls: config.cluster.advertise_peer_urls.clone(),
+                dialer: dialer.clone(),
                 raft: RaftLink {
                     step: raft_addr.clone().recipient(),
                     unreachable: raft_addr.clone().recipient(),
@@ -733,10 +745,7 @@ impl Running {
                     snapshots.clone(),
                 ),
             },
-            network::Options {
-                dial_timeout: PEER_DIAL_TIMEOUT + election,
-                read_timeout: config.raft.read_timeout,
-            },
+            network::Options { read_timeout: config.raft.read_timeout },
         );
         let door = Arc::new(Door { net: net.clone(), network: network_seat.addr() });
         raft_seat

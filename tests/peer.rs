@@ -26,6 +26,7 @@ use quorate::core::types::{ClusterId, MemberId};
 use quorate::metrics::Metrics;
 use quorate::storage::snap_dir::SnapDir;
 use quorate::transport::listener::{self, Bound, Served, Workers};
+use quorate::transport::peer::client::Dialer;
 use quorate::transport::peer::network::{GetPeer, Links, Net, Network, Options, RaftLink};
 use quorate::transport::peer::server::{self, Door};
 use quorate::transport::peer::snapshot::{Export, Snapshots};
@@ -40,8 +41,7 @@ use tonic::transport::{Channel, Endpoint};
 /// Within this long whatever a test waits for must have happened.
 const PATIENCE: Duration = Duration::from_secs(20);
 const CLUSTER: ClusterId = ClusterId(0xc1);
-const OPTIONS: Options =
-    Options { dial_timeout: Duration::from_secs(2), read_timeout: Duration::from_secs(5) };
+const OPTIONS: Options = Options { read_timeout: Duration::from_secs(5) };
 
 /// What raft is told.
 #[derive(Clone, PartialEq, Debug)]
@@ -181,6 +181,7 @@ impl Node {
             cluster_id: members.cluster_id,
             local: id,
             own_urls: vec![Url::parse(&url).unwrap()],
+            dialer: Dialer::clear(Duration::from_secs(2)),
             raft: RaftLink {
                 step: raft.clone().recipient(),
                 unreachable: raft.clone().recipient(),
