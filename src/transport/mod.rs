@@ -9,3 +9,4 @@ pub mod member;
 pub mod peer;
 pub mod reconfig;
 pub mod status;
+pub mod tls;
