@@ -10,3 +10,4 @@ pub mod peer;
 pub mod reconfig;
 pub mod san;
 pub mod status;
+pub mod tls;
