@@ -9,5 +9,6 @@ pub mod member;
 pub mod peer;
 pub mod reconfig;
 pub mod san;
+pub mod socket;
 pub mod status;
 pub mod tls;
