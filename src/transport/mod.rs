@@ -4,6 +4,7 @@ mod authority;
 pub mod grpc;
 pub mod guard;
 pub mod http;
+pub mod identity;
 pub mod listener;
 pub mod member;
 pub mod peer;
