@@ -16,6 +16,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::server::TlsStream;
 
 use crate::logging;
+use crate::transport::identity::ClientCert;
 use crate::transport::san::{self, Sans};
 use crate::transport::tls::{self, Handshakes};
 
@@ -38,9 +39,7 @@ impl Detached {
             Detached::Tcp(stream, remote) => {
                 (Socket::Tcp(TcpStream::from_std(stream)?), Remote(Some(remote)))
             }
-            Detached::Unix(stream) => {
-                (Socket::Unix(UnixStream::from_std(stream)?), Remote(None))
-            }
+            Detached::Unix(stream) => (Socket::Unix(UnixStream::from_std(stream)?), Remote(None)),
         })
     }
 }
@@ -220,30 +219,30 @@ impl Secured {
     }
 
     async fn accept(&self, io: Peeked, remote: Remote) -> Option<Opened> {
-        let (server_name, leaf, error) = match self.handshakes.begin().run(self.handshake(io, remote)).await
-        {
-            Ok(Ok(opened)) => return Some(opened),
-            Ok(Err(Failed::Handshake(refused))) if refused.is_eof() => {
-                tracing::debug!(
-                    "remote-addr" = %remote,
-                    "server-name" = refused.server_name,
-                    error = refused.reason(),
-                    "rejected connection on {} endpoint", self.endpoint
-                );
-                return None;
-            }
-            Ok(Err(Failed::Handshake(refused))) => {
-                let reason = refused.reason();
-                (refused.server_name, refused.leaf, reason)
-            }
-            Ok(Err(Failed::Address { server_name, leaf, error })) => {
-                (server_name, Some(leaf), error.to_string())
-            }
-            Err(ended) => {
-                self.server.count_cut_off();
-                (String::new(), None, ended.to_string())
-            }
-        };
+        let (server_name, leaf, error) =
+            match self.handshakes.begin().run(self.handshake(io, remote)).await {
+                Ok(Ok(opened)) => return Some(opened),
+                Ok(Err(Failed::Handshake(refused))) if refused.is_eof() => {
+                    tracing::debug!(
+                        "remote-addr" = %remote,
+                        "server-name" = refused.server_name,
+                        error = refused.reason(),
+                        "rejected connection on {} endpoint", self.endpoint
+                    );
+                    return None;
+                }
+                Ok(Err(Failed::Handshake(refused))) => {
+                    let reason = refused.reason();
+                    (refused.server_name, refused.leaf, reason)
+                }
+                Ok(Err(Failed::Address { server_name, leaf, error })) => {
+                    (server_name, Some(leaf), error.to_string())
+                }
+                Err(ended) => {
+                    self.server.count_cut_off();
+                    (String::new(), None, ended.to_string())
+                }
+            };
         // What cannot be read of it is left out.
         let names = leaf.and_then(|leaf| Sans::of(&leaf).ok()).unwrap_or_default();
         let ips: Vec<String> = names.ips.iter().map(ToString::to_string).collect();
@@ -272,8 +271,8 @@ impl Secured {
             });
         }
         let shown = accepted.leaf.filter(|_| self.server.names_users());
-        let named = shown.map(|leaf| Shown { common_name: tls::common_name(&leaf) });
-        Ok(Opened { stream: Stream::Tls(accepted.stream), shown: named })
+        let client = shown.map(|leaf| ClientCert { common_name: tls::common_name(&leaf) });
+        Ok(Opened { stream: Stream::Tls(accepted.stream), client })
     }
 }
 
@@ -283,17 +282,18 @@ enum Failed {
     Address { server_name: String, leaf: CertificateDer<'static>, error: san::SanError },
 }
 
-/// What the certificate of a client says, where that says who the client is.
-#[derive(Clone, Debug)]
-pub struct Shown {
-    pub common_name: Option<String>,
-}
-
 /// A connection that is to be served.
 pub struct Opened {
     pub stream: Stream,
-    /// `None` if certificates say nothing here.
-    pub shown: Option<Shown>,
+    /// `None` where certificates do not say who a client is.
+    pub client: Option<ClientCert>,
+}
+
+impl Opened {
+    /// Whether TLS is spoken.
+    pub fn is_tls(&self) -> bool {
+        matches!(self.stream, Stream::Tls(_))
+    }
 }
 
 impl Security {
@@ -303,7 +303,7 @@ impl Security {
     pub async fn open(&self, socket: Socket, remote: Remote, silence: Duration) -> Option<Opened> {
         let mut io = Peeked { first: None, socket };
         match self {
-            Security::Clear => Some(Opened { stream: Stream::Clear(io), shown: None }),
+            Security::Clear => Some(Opened { stream: Stream::Clear(io), client: None }),
             Security::Tls(secured) => secured.accept(io, remote).await,
             Security::Either(secured) => {
                 let first = tokio::time::timeout(silence, io.socket.read_u8()).await;
@@ -314,7 +314,7 @@ impl Security {
                 if io.first == Some(TLS_FIRST_BYTE) {
                     secured.accept(io, remote).await
                 } else {
-                    Some(Opened { stream: Stream::Clear(io), shown: None })
+                    Some(Opened { stream: Stream::Clear(io), client: None })
                 }
             }
         }
