@@ -59,6 +59,7 @@ use crate::transport::peer::hashkv::Asker;
 use crate::transport::peer::network::{self, Net, Network, RaftLink};
 use crate::transport::peer::server::Door;
 use crate::transport::peer::snapshot::{FromEngine, Snapshots};
+use crate::transport::tls;
 
 /// File descriptors that are kept for everything but client connections (operations 1.4).
 const RESERVED_FILES: u64 = 150;
@@ -102,6 +103,8 @@ enum StartError {
     Raft(#[from] crate::core::raft::RaftError),
     #[error(transparent)]
     Bind(#[from] listener::BindError),
+    #[error(transparent)]
+    Tls(#[from] tls::TlsError),
     #[error("cannot access data directory: {}: {source}", path.display())]
     Dir {
         path: PathBuf,
@@ -496,7 +499,8 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     };
     // A port that is taken is found out before the directory is touched.
     let bound = bind_all(config, &options)?;
-    let dialer = Dialer::clear(PEER_DIAL_TIMEOUT + Duration::from_millis(config.raft.election_ms));
+    let patience = PEER_DIAL_TIMEOUT + Duration::from_millis(config.raft.election_ms);
+    let dialer = Dialer::new(patience, tls::Client::for_peers(config, Metrics::global())?);
     let birth = bootstrap::birth(config, plan, &dialer, server_version()).await?;
     let snapshots = SnapDir::open(disk.clone(), &config.member.snap_dir())?;
     let mut found = read_directory(config, &disk, &snapshots, birth.as_ref())?;

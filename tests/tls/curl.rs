@@ -1,0 +1,77 @@
+//! curl over TLS: the pages of the client and the metrics port, by HTTP/1.1 and HTTP/2.
+
+use std::process::Command;
+
+use crate::deck::Deck;
+use crate::rig::cluster::{Cluster, Options};
+use crate::rig::process::{Program, free_port};
+use crate::rig::run;
+
+/// Exit code, protocol and status, and the page.
+fn curl(deck: &Deck, port: u16, path: &str, args: &[&str]) -> (i32, String, String) {
+    let output = Command::new("curl")
+        .args(["--silent", "--show-error", "--max-time", "20"])
+        .args(["--write-out", "\n%{http_version} %{http_code}"])
+        .arg("--cacert")
+        .arg(&deck.ca)
+        .args(args)
+        .arg(format!("https://127.0.0.1:{port}{path}"))
+        .output()
+        .unwrap();
+    let out = String::from_utf8(output.stdout).unwrap();
+    let (page, status) = out.rsplit_once('\n').unwrap_or_default();
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    let page = if output.status.success() { page.to_string() } else { error };
+    (output.status.code().unwrap(), status.to_string(), page)
+}
+
+#[test]
+fn pages_are_served_over_either_version_of_http() {
+    let deck = Deck::new();
+    let user = deck.write(&deck.user, "user");
+    let (cert, key) = (user.cert.to_str().unwrap(), user.key.to_str().unwrap());
+    let metrics_port = free_port();
+    run(async {
+        let metrics = format!("--listen-metrics-urls=https://127.0.0.1:{metrics_port}");
+        let options: Options = deck.options().with(&[&metrics]);
+        let cluster = Cluster::start(Program::Quorate, 1, options).await;
+        let client_port = cluster.members[0].client_port;
+        let pages = [
+            (client_port, "/version", r#""etcdserver":""#),
+            (client_port, "/health", r#"{"health":"true","reason":""}"#),
+            (client_port, "/metrics", "etcd_server_has_leader 1"),
+            (metrics_port, "/health", r#"{"health":"true","reason":""}"#),
+            (metrics_port, "/metrics", "etcd_server_has_leader 1"),
+        ];
+        for (port, path, text) in pages {
+            for (protocol, version) in [
+                ("--http1.1", "1.1"),
+                ("--http2", "2"),
+                // What is offered then is nothing at all.
+                ("--no-alpn", "1.1"),
+            ] {
+                let args = [protocol, "--cert", cert, "--key", key];
+                let (code, status, page) = curl(&deck, port, path, &args);
+                let what = format!("{path} {protocol}: {page}");
+                assert_eq!((code, status.as_str()), (0, &*format!("{version} 200")), "{what}");
+                assert!(page.contains(text), "{what}");
+            }
+            let (code, _, error) = curl(&deck, port, path, &[]);
+            assert_ne!(code, 0, "without a certificate");
+            assert!(error.contains("alert"), "{error}");
+            let (code, _, error) =
+                curl(&deck, port, path, &["--tls-max", "1.1", "--cert", cert, "--key", key]);
+            assert_ne!(code, 0, "by an old version of TLS");
+            assert!(error.contains("protocol version") || error.contains("unsupported"), "{error}");
+        }
+        // The peer port has HTTP/1.1 only, also for one that would rather have HTTP/2.
+        let peer = cluster.members[0].peer_port;
+        let member = (deck.member.cert.to_str().unwrap(), deck.member.key.to_str().unwrap());
+        for protocol in ["--http1.1", "--http2", "--no-alpn"] {
+            let args = [protocol, "--cert", member.0, "--key", member.1];
+            let (code, status, page) = curl(&deck, peer, "/version", &args);
+            assert_eq!((code, status.as_str()), (0, "1.1 200"), "{page}");
+            assert!(page.contains(r#""etcdserver":""#), "{page}");
+        }
+    });
+}
