@@ -5,6 +5,7 @@ mod check;
 mod cluster;
 mod curl;
 mod deck;
+mod dialer;
 mod etcdctl;
 #[path = "../pki/mod.rs"]
 mod pki;
