@@ -30,6 +30,7 @@ use quorate::transport::peer::client::Dialer;
 use quorate::transport::peer::network::{GetPeer, Links, Net, Network, Options, RaftLink};
 use quorate::transport::peer::server::{self, Door};
 use quorate::transport::peer::snapshot::{Export, Snapshots};
+use quorate::transport::socket::Security;
 use quorate_proto::etcdserverpb as pb;
 use quorate_proto::raftpb::{ConfState, Entry, Message as RaftMessage, Snapshot, SnapshotMetadata};
 use tempfile::TempDir;
@@ -215,8 +216,14 @@ impl Node {
             write_timeout: Some(options.read_timeout),
         };
         let stop = watch::Sender::new(false);
-        let accepting =
-            listener::accept(Bound::Tcp(listener), served, workers, options, stop.subscribe());
+        let accepting = listener::accept(
+            Bound::Tcp(listener),
+            served,
+            Security::Clear,
+            workers,
+            options,
+            stop.subscribe(),
+        );
         actix::spawn(async move { accepting.await.unwrap() });
         Node { id, url, network, liveness, told, exits, metrics, dir, _stop: stop, arbiter }
     }

@@ -562,6 +562,7 @@ mod tests {
     use crate::core::types::{ClusterId, Term};
     use crate::transport::listener::{self, Bound, Served, Workers, accept};
     use crate::transport::member::tests::{Silent, silent_over};
+    use crate::transport::socket::Security;
 
     const LEASE: LeaseId = LeaseId(7);
     const PATIENCE: Duration = Duration::from_secs(30);
@@ -614,7 +615,8 @@ mod tests {
         let stop = watch::Sender::new(false);
         let served = Served { grpc: None, http: Some(router(member)) };
         let bound = Bound::Tcp(listener);
-        let accepting = accept(bound, served, workers.clone(), options, stop.subscribe());
+        let accepting =
+            accept(bound, served, Security::Clear, workers.clone(), options, stop.subscribe());
         actix::spawn(async move { accepting.await.expect("a listener on the loopback accepts") });
         Leader { workers, _stop: stop, _raft: raft }
     }

@@ -34,7 +34,7 @@ use tokio_rustls::{LazyConfigAcceptor, TlsConnector};
 
 pub use admission::{HANDSHAKE_TIMEOUT, HANDSHAKES_MAX, Handshakes, Offered};
 pub use auto::AutoError;
-pub use verify::{Names, common_name};
+pub use verify::common_name;
 
 use crate::config::{self, Config, Url};
 use crate::metrics::Metrics;
@@ -288,6 +288,7 @@ struct ServerInner {
 struct Counted {
     done: metrics::Counter,
     failed: metrics::Counter,
+    cut_off: metrics::Counter,
 }
 
 /// What a handshake is made with.
@@ -394,11 +395,20 @@ pub struct Accepted<IO> {
     pub leaf: Option<CertificateDer<'static>>,
 }
 
+/// What a handshake has shown of the other side so far.
+#[derive(Default)]
+struct Seen {
+    server_name: String,
+    leaf: Option<CertificateDer<'static>>,
+}
+
 /// A handshake that failed.
 #[derive(Debug)]
 pub struct Refused {
     /// Which server was asked for; empty if the handshake did not come that far.
     pub server_name: String,
+    /// The certificate that was shown, if the handshake came that far. Nobody has vouched for it.
+    pub leaf: Option<CertificateDer<'static>>,
     pub error: io::Error,
 }
 
@@ -465,7 +475,11 @@ impl Server {
         }
         let side = settings.side;
         let counted = |result: &str| settings.metrics.tls_handshakes.with(&[side.name(), result]);
-        let handshakes = Counted { done: counted("done"), failed: counted("failed") };
+        let handshakes = Counted {
+            done: counted("done"),
+            failed: counted("failed"),
+            cut_off: counted("cut_off"),
+        };
         let demands_certificates = settings.demands_certificates();
         let client_cert_auth = settings.tls.client_cert_auth;
         let files = ServerFiles::open(settings)?;
@@ -501,21 +515,27 @@ impl Server {
     where
         IO: AsyncRead + AsyncWrite + Unpin,
     {
-        let mut server_name = String::new();
-        let done = self.handshake(io, &mut server_name).await;
+        let mut seen = Seen::default();
+        let done = self.handshake(io, &mut seen).await;
         let counted = &self.0.handshakes;
         if done.is_ok() { &counted.done } else { &counted.failed }.increment(1);
-        done.map_err(|error| Refused { server_name, error })
+        let Seen { server_name, leaf } = seen;
+        done.map_err(|error| Refused { server_name, leaf, error })
     }
 
-    async fn handshake<IO>(&self, io: IO, server_name: &mut String) -> io::Result<Accepted<IO>>
+    /// Counts a handshake that the caller gave no more time.
+    pub fn count_cut_off(&self) {
+        self.0.handshakes.cut_off.increment(1);
+    }
+
+    async fn handshake<IO>(&self, io: IO, seen: &mut Seen) -> io::Result<Accepted<IO>>
     where
         IO: AsyncRead + AsyncWrite + Unpin,
     {
         // Nothing but a buffer is held for who says nothing.
         let start = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), io).await?;
         if let Some(name) = start.client_hello().server_name() {
-            name.clone_into(server_name);
+            name.clone_into(&mut seen.server_name);
         }
         let state = self.0.state.now().await?;
         let stream = start.into_stream(state.config.clone()).await?;
@@ -526,6 +546,9 @@ impl Server {
         let chain = connection.peer_certificates().unwrap_or_default();
         if connection.handshake_kind() == Some(HandshakeKind::Resumed) {
             let judged = clients.judge(chain);
+            if judged.is_err() {
+                seen.leaf = chain.first().cloned();
+            }
             judged.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
         }
         let leaf = chain.first().cloned();

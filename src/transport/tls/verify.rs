@@ -1,7 +1,6 @@
 //! Whom a certificate is accepted from: the chain, the allowed names, the revocation list.
 
 use std::fmt;
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -16,12 +15,12 @@ use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, SignatureScheme,
 };
 use x509_parser::certificate::X509Certificate;
-use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer;
 use x509_parser::x509::X509Version;
 
 use super::crl::{CrlError, Revoked};
 use super::files::Roots;
+use crate::transport::san::Sans;
 
 /// Names of which the certificate of the other side must have one.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -58,7 +57,8 @@ impl Allowed {
 fn is_valid_for(leaf: &CertificateDer<'_>, parsed: &ParsedCertificate<'_>, name: &str) -> bool {
     match ServerName::try_from(name) {
         Ok(name) => verify_server_name(parsed, &name).is_ok(),
-        Err(_) => Names::of(leaf).dns.iter().any(|own| own.eq_ignore_ascii_case(name)),
+        Err(_) => Sans::of(leaf)
+            .is_ok_and(|sans| sans.dns.iter().any(|own| own.eq_ignore_ascii_case(name))),
     }
 }
 
@@ -68,36 +68,6 @@ pub fn common_name(leaf: &CertificateDer<'_>) -> Option<String> {
     let (_, parsed) = X509Certificate::from_der(leaf).ok()?;
     let last = parsed.subject().iter_common_name().last()?;
     last.as_str().ok().filter(|name| !name.is_empty()).map(str::to_owned)
-}
-
-/// The subject alternative names of a certificate.
-#[derive(Clone, PartialEq, Eq, Default, Debug)]
-pub struct Names {
-    pub dns: Vec<String>,
-    pub ip: Vec<IpAddr>,
-}
-
-impl Names {
-    /// Reads them; what cannot be read is not there.
-    pub fn of(leaf: &CertificateDer<'_>) -> Self {
-        let mut names = Names::default();
-        let Ok((_, parsed)) = X509Certificate::from_der(leaf) else { return names };
-        let Ok(Some(extension)) = parsed.subject_alternative_name() else { return names };
-        for name in &extension.value.general_names {
-            match name {
-                GeneralName::DNSName(name) => names.dns.push((*name).to_owned()),
-                GeneralName::IPAddress(bytes) => {
-                    if let Ok(v4) = <[u8; 4]>::try_from(*bytes) {
-                        names.ip.push(v4.into());
-                    } else if let Ok(v6) = <[u8; 16]>::try_from(*bytes) {
-                        names.ip.push(v6.into());
-                    }
-                }
-                _ => {}
-            }
-        }
-        names
-    }
 }
 
 /// A refusal that rustls has no name for.
