@@ -1,12 +1,13 @@
 //! Members that speak TLS to each other: they form a cluster, and those who may not are kept out.
 
-use std::path::Path;
+use std::collections::BTreeSet;
 use std::time::Duration;
 
-use tonic::Status;
+use quorate::config::Url;
+use quorate::transport::peer::client::{self, Dialer};
 
 use crate::deck::{Deck, flag};
-use crate::pki::{Authority, Leaf};
+use crate::pki::{self, Authority, Files, Leaf};
 use crate::record::{Load, Recorder};
 use crate::rig::cluster::{Cluster, Options};
 use crate::rig::process::Program;
@@ -78,72 +79,172 @@ fn members_and_etcd_that_made_their_certificates_trust_each_other() {
     survives(Options { own_programs, ..auto_tls() });
 }
 
-/// Starts what must not get in beside a cluster of three; `args` come after the cluster's own and
-/// replace them. Answers what the newcomer and the others have logged.
-fn kept_out(deck: &Deck, args: Vec<String>) -> (String, String) {
+/// A member that runs `program` with `args`, and beside it one of ours that must not get in with
+/// `newcomers` (they come after the cluster's own arguments, which they replace), and does without
+/// them. Answers what the newcomer and the member have logged until then.
+fn kept_out(
+    deck: &Deck,
+    program: Program,
+    args: &[String],
+    newcomers: Vec<String>,
+) -> (String, String) {
     run(async {
-        let mut cluster = Cluster::start(Program::Quorate, 3, deck.options()).await;
-        let node = cluster.place_joining(&[0, 1, 2]);
+        let mut options = deck.options();
+        options.args.extend_from_slice(args);
+        let own_programs = vec![program, Program::Quorate];
+        let mut cluster =
+            Cluster::start(Program::Quorate, 1, Options { own_programs, ..options }).await;
+        let node = cluster.place_joining(&[0]);
         let url = cluster.members[node].peer_url.clone();
-        cluster
-            .by_any("adding a member", |client| {
-                let url = url.clone();
-                async move { added(client.member_add(&url, true).await) }
-            })
-            .await;
-        let good = std::mem::replace(&mut cluster.members[node].args, args);
+        let client = cluster.client(0);
+        wait_for("adding a member", || async {
+            client.member_add(&url, true).await.map_err(|error| error.to_string())
+        })
+        .await;
+        let own = std::mem::replace(&mut cluster.members[node].args, newcomers);
         let (status, newcomer) = cluster.refused(node).await;
         assert_eq!(status.code(), Some(1), "{newcomer}");
-        let others = (0..3).map(|other| cluster.members[other].log_text()).collect();
+        let member = cluster.members[0].log_text();
         // It was only that.
-        cluster.members[node].args = good;
+        cluster.members[node].args = own;
+        let revision = client.put("k", "v").await.unwrap();
         cluster.run(node);
-        wait_for("the member to be told of the others", || async {
+        wait_for("the newcomer to be told what there is", || async {
             let client = cluster.client_within(node, Duration::from_secs(1));
             match client.local_revision().await {
-                // A learner answers what it holds.
-                Ok(revision) if revision > 0 => Ok(()),
+                Ok(local) if local >= revision => Ok(()),
                 other => Err(format!("{other:?}")),
             }
         })
         .await;
-        (newcomer, others)
+        (newcomer, member)
     })
 }
 
-/// A member that an earlier try has added is there all the same.
-fn added<T>(answer: Result<T, Status>) -> Result<(), Status> {
-    match answer {
-        Err(status) if !status.message().contains("Peer URLs already exists") => Err(status),
-        _ => Ok(()),
-    }
-}
-
-/// The log lines of rejected connections on the peer port.
-fn rejections(log: &str) -> Vec<serde_json::Value> {
+/// Why the member has rejected connections on its peer port, each at least once.
+fn reasons(log: &str) -> BTreeSet<String> {
     log.lines()
-        .filter(|line| line.contains("rejected connection on peer endpoint"))
-        .map(|line| serde_json::from_str(line).unwrap())
+        .filter(|line| line.contains("\"rejected connection"))
+        .map(|line| {
+            let line: serde_json::Value = serde_json::from_str(line).unwrap();
+            assert_eq!(line["level"], "warn", "{line}");
+            let from = line["remote-addr"].as_str().unwrap();
+            assert!(from.starts_with("127.0.0.1:"), "{line}");
+            assert!(line["server-name"].is_string(), "{line}");
+            line["error"].as_str().unwrap().to_string()
+        })
         .collect()
 }
 
-fn files_args(cert: &Path, key: &Path) -> Vec<String> {
-    vec![flag("peer-cert-file", cert), flag("peer-key-file", key)]
+/// Shows members that are dialled another certificate than to those that dial.
+fn dials_with(files: &Files) -> Vec<String> {
+    vec![flag("peer-client-cert-file", &files.cert), flag("peer-client-key-file", &files.key)]
 }
+
+const NO_CLUSTER: &str = "could not retrieve cluster information from the given URLs";
 
 #[test]
 fn a_member_of_another_authority_is_kept_out() {
     let deck = Deck::new();
     let stranger = Authority::new("another").issue(&Leaf::named("member"));
     let files = deck.write(&stranger, "stranger");
-    let (newcomer, others) = kept_out(&deck, files_args(&files.cert, &files.key));
-    assert!(newcomer.contains("could not retrieve cluster information"), "{newcomer}");
-    let rejected = rejections(&others);
-    assert!(!rejected.is_empty(), "{others}");
-    for line in &rejected {
-        assert_eq!(line["level"], "warn", "{line}");
-        let from = line["remote-addr"].as_str().unwrap();
-        assert!(from.starts_with("127.0.0.1:"), "{line}");
-        assert!(line["error"].as_str().unwrap().contains("UnknownIssuer"), "{line}");
+    let newcomers = vec![flag("peer-cert-file", &files.cert), flag("peer-key-file", &files.key)];
+    let (newcomer, member) = kept_out(&deck, Program::Quorate, &[], newcomers);
+    assert!(newcomer.contains(NO_CLUSTER), "{newcomer}");
+    let reasons = reasons(&member);
+    assert!(reasons.iter().any(|reason| reason.contains("UnknownIssuer")), "{reasons:?}");
+    assert!(member.contains("\"rejected connection on peer endpoint\""), "{member}");
+}
+
+#[test]
+fn a_member_that_trusts_another_authority_stays_out() {
+    let deck = Deck::new();
+    let ca = deck.path().join("other-ca.crt");
+    pki::replace(&ca, Authority::new("another").pem.as_bytes());
+    let newcomers = vec![flag("peer-trusted-ca-file", &ca)];
+    let (newcomer, _) = kept_out(&deck, Program::Quorate, &[], newcomers);
+    assert!(newcomer.contains(NO_CLUSTER), "{newcomer}");
+    assert!(newcomer.contains("TLS handshake failed: invalid peer certificate"), "{newcomer}");
+}
+
+#[test]
+fn a_member_that_speaks_no_tls_is_kept_out() {
+    let deck = Deck::new();
+    run(async {
+        let cluster = Cluster::start(Program::Quorate, 1, deck.options()).await;
+        let clear = Dialer::clear(Duration::from_secs(10));
+        let port = cluster.members[0].peer_port;
+        let url = Url::parse(&format!("http://127.0.0.1:{port}")).unwrap();
+        let request = http::Request::get("/version").body(http_body_util::Full::default()).unwrap();
+        let answer = client::call(&clear, &url, request, clear.timeout).await;
+        assert!(answer.is_err(), "{answer:?}");
+    });
+}
+
+/// Certificates that are verified, but are not for where they are shown from: the same words from us
+/// and from etcd.
+#[test]
+fn a_member_that_dials_from_elsewhere_is_kept_out() {
+    for (ips, dns, text) in [
+        (&["10.1.2.3"][..], &[][..], "x509: certificate is valid for 10.1.2.3, not 127.0.0.1"),
+        (
+            &["10.1.2.3"],
+            &["elsewhere.invalid"],
+            "tls: \"127.0.0.1\" does not match any of DNSNames [\"elsewhere.invalid\"]",
+        ),
+    ] {
+        for program in [Program::Quorate, Program::Etcd] {
+            let deck = Deck::new();
+            let elsewhere = deck.signer.issue(&Leaf::named("member").with_names(dns, ips));
+            let newcomers = dials_with(&deck.write(&elsewhere, "elsewhere"));
+            let (newcomer, member) = kept_out(&deck, program, &[], newcomers);
+            assert!(newcomer.contains(NO_CLUSTER), "{newcomer}");
+            let reasons = reasons(&member);
+            assert!(reasons.iter().any(|reason| reason.starts_with(text)), "{reasons:?}");
+        }
+    }
+}
+
+#[test]
+fn where_a_member_dials_from_need_not_matter() {
+    let deck = Deck::new();
+    let elsewhere = deck.signer.issue(&Leaf::named("member").with_names(&["x.invalid"], &[]));
+    let mut options = deck.options().with(&["--peer-skip-client-san-verification"]);
+    options.args.extend(dials_with(&deck.write(&elsewhere, "elsewhere")));
+    run(async {
+        let cluster = Cluster::start(Program::Quorate, 3, options).await;
+        let revision = cluster.client(0).put("k", "v").await.unwrap();
+        cluster.equal_hashes(&[0, 1, 2], revision).await;
+    });
+}
+
+#[test]
+fn a_member_without_an_allowed_name_is_kept_out() {
+    for program in [Program::Quorate, Program::Etcd] {
+        let deck = Deck::new();
+        let guest = deck.write(&deck.signer.issue(&Leaf::named("guest")), "guest");
+        let args = ["--peer-cert-allowed-cn=member".to_string()];
+        let (newcomer, member) = kept_out(&deck, program, &args, dials_with(&guest));
+        assert!(newcomer.contains(NO_CLUSTER), "{newcomer}");
+        let reasons = reasons(&member);
+        let text = "client certificate authentication failed";
+        assert!(reasons.iter().any(|reason| reason.ends_with(text)), "{reasons:?}");
+    }
+}
+
+#[test]
+fn a_member_whose_certificate_was_taken_back_is_kept_out() {
+    for program in [Program::Quorate, Program::Etcd] {
+        let deck = Deck::new();
+        let revoked = deck.signer.issue(&Leaf::named("member"));
+        let list = deck.path().join("list.crl");
+        pki::replace(&list, &deck.signer.revoke(&[&revoked]));
+        let args = [flag("peer-crl-file", &list)];
+        let newcomers = dials_with(&deck.write(&revoked, "revoked"));
+        let (newcomer, member) = kept_out(&deck, program, &args, newcomers);
+        assert!(newcomer.contains(NO_CLUSTER), "{newcomer}");
+        let hex: String = revoked.serial.iter().map(|byte| format!("{byte:02x}")).collect();
+        let text = format!("transport: certificate serial {hex} revoked");
+        assert!(reasons(&member).contains(&text), "{text}: {member}");
     }
 }

@@ -56,13 +56,16 @@ fn pages_are_served_over_either_version_of_http() {
                 assert_eq!((code, status.as_str()), (0, &*format!("{version} 200")), "{what}");
                 assert!(page.contains(text), "{what}");
             }
-            let (code, _, error) = curl(&deck, port, path, &[]);
-            assert_ne!(code, 0, "without a certificate");
-            assert!(error.contains("alert"), "{error}");
-            let (code, _, error) =
-                curl(&deck, port, path, &["--tls-max", "1.1", "--cert", cert, "--key", key]);
-            assert_ne!(code, 0, "by an old version of TLS");
-            assert!(error.contains("protocol version") || error.contains("unsupported"), "{error}");
+            for args in [
+                // Without a certificate.
+                &[][..],
+                // By an old version of TLS.
+                &["--tls-max", "1.1", "--cert", cert, "--key", key],
+            ] {
+                // What it is told depends on whether its request comes before the refusal goes.
+                let (code, status, _) = curl(&deck, port, path, args);
+                assert!(code != 0 && status.ends_with(" 000"), "{args:?}: {code} {status}");
+            }
         }
         // The peer port has HTTP/1.1 only, also for one that would rather have HTTP/2.
         let peer = cluster.members[0].peer_port;
