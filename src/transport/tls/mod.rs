@@ -682,3 +682,6 @@ impl Client {
         TlsConnector::from(config).connect(name, io).await
     }
 }
+
+#[cfg(test)]
+mod tests;

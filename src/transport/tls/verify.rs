@@ -75,18 +75,17 @@ fn other(error: impl std::error::Error + Send + Sync + 'static) -> rustls::Error
     rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(error))))
 }
 
-/// What a handshake failed of, in its own words where the library only wraps them.
+/// What a handshake failed of; a refusal of our own in its own words.
 pub fn reason(error: &rustls::Error) -> String {
-    match error {
-        rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => {
-            inner.to_string()
+    if let rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) = error {
+        if let Some(refusal) = inner.downcast_ref::<NotAllowed>() {
+            return refusal.to_string();
         }
-        error => error.to_string(),
+        if let Some(refusal) = inner.downcast_ref::<CrlError>() {
+            return refusal.to_string();
+        }
     }
-}
-
-fn revoked(error: CrlError) -> rustls::Error {
-    other(error)
+    error.to_string()
 }
 
 /// Which side of a connection a certificate speaks for.
@@ -193,7 +192,7 @@ impl ClientCertVerifier for Clients {
         }
         self.allowed.check(end_entity)?;
         if let Some(list) = &self.revoked {
-            list.check(std::iter::once(end_entity).chain(intermediates)).map_err(revoked)?;
+            list.check(std::iter::once(end_entity).chain(intermediates)).map_err(other)?;
         }
         Ok(ClientCertVerified::assertion())
     }
