@@ -487,14 +487,6 @@ fn rules_are_told_in_the_words_of_etcd() {
         (&["--engine=sled"], r#"unknown engine "sled" (supported are memory, redb)"#),
         (&["--backend-batch-limit=-1"], "--backend-batch-limit must be >0 (set to -1)"),
         (
-            &["--cert-file=c", "--key-file=k"],
-            "not supported yet: --cert-file (TLS), --key-file (TLS)",
-        ),
-        (
-            &["--advertise-client-urls=https://a:1"],
-            "not supported yet: --advertise-client-urls (TLS)",
-        ),
-        (
             &["--auth-token=jwt,sign-method=HS256,priv-key=k"],
             "not supported yet: --auth-token (jwt)",
         ),
