@@ -1,5 +1,6 @@
 //! TLS between real programs: members and their clients, members and each other, and etcd among them.
 
+mod calls;
 #[path = "../linearizability/check/mod.rs"]
 mod check;
 mod cluster;
