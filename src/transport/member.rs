@@ -34,6 +34,7 @@ use crate::metrics::{Metrics, RequestKind};
 use crate::transport::access;
 use crate::transport::identity::Who;
 use crate::transport::login::Passwords;
+use crate::transport::peer::client::Dialer;
 use crate::transport::token::Tokens;
 use quorate_proto::etcdserverpb as pb;
 use quorate_proto::raftpb;
@@ -77,6 +78,8 @@ pub struct Member {
     pub watch: Addr<WatchHub>,
     pub compactor: Addr<Compactor>,
     pub exit: Exit,
+    /// How other members are reached.
+    pub dialer: Dialer,
     pub limits: Limits,
     pub tokens: Arc<Tokens>,
     pub passwords: Passwords,
@@ -542,6 +545,7 @@ pub(crate) mod tests {
             watch: seats.1.addr(),
             compactor: seats.2.addr(),
             exit: Exit::new().0,
+            dialer: Dialer::clear(Duration::from_secs(1)),
             limits: Limits {
                 request_bytes_max: 1000,
                 txn_ops_max: 128,

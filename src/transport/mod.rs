@@ -12,5 +12,8 @@ pub mod login;
 pub mod member;
 pub mod peer;
 pub mod reconfig;
+pub mod san;
+pub mod socket;
 pub mod status;
+pub mod tls;
 pub mod token;

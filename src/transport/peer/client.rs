@@ -11,43 +11,72 @@ use http::{HeaderValue, Request, Response, header};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
+use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::task::JoinHandle;
 
 use crate::config::Url;
+use crate::transport::tls;
 
 /// A connection to a peer.
 pub trait Connection: AsyncRead + AsyncWrite + Unpin + Send {}
 
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Connection for T {}
 
-/// Makes connections to peer URLs. The one place that will know how to speak TLS to them.
-#[derive(Clone, Copy, Debug)]
+/// Makes connections to peer URLs.
+#[derive(Clone)]
 pub struct Dialer {
-    /// Within which a connection has to stand.
+    /// Within which a connection has to stand, handshake included.
     pub timeout: Duration,
+    /// What https URLs are dialled with.
+    tls: Option<tls::Client>,
 }
 
 impl Dialer {
-    /// Connects to `url`.
+    /// With TLS where a URL asks for it.
+    pub fn new(timeout: Duration, tls: tls::Client) -> Self {
+        Dialer { timeout, tls: Some(tls) }
+    }
+
+    /// Without TLS.
+    pub fn clear(timeout: Duration) -> Self {
+        Dialer { timeout, tls: None }
+    }
+
+    /// The same with another patience.
+    pub fn within(&self, timeout: Duration) -> Self {
+        Dialer { timeout, ..self.clone() }
+    }
+
+    /// Connects to `url`. Sockets of the file system carry no TLS, whatever their URL says: no peer's
+    /// listener has it there.
     ///
     /// # Errors
-    /// What the system says; `TimedOut`; `Unsupported` for TLS.
+    /// What the system or the handshake says; `TimedOut`; `Unsupported` for TLS without a setting.
     pub async fn connect(&self, url: &Url) -> io::Result<Box<dyn Connection>> {
-        if url.scheme().is_tls() {
-            return Err(io::Error::new(
-                io::ErrorKind::Unsupported,
-                "TLS to peers is not supported yet",
-            ));
-        }
         let connecting = async {
-            match url.socket_path() {
-                Some(path) => Ok(Box::new(UnixStream::connect(path).await?) as Box<dyn Connection>),
-                None => {
-                    let stream = TcpStream::connect((url.host_name(), url.port())).await?;
-                    stream.set_nodelay(true)?;
-                    Ok(Box::new(stream) as Box<dyn Connection>)
+            if let Some(path) = url.socket_path() {
+                return Ok(Box::new(UnixStream::connect(path).await?) as Box<dyn Connection>);
+            }
+            let stream = TcpStream::connect((url.host_name(), url.port())).await?;
+            stream.set_nodelay(true)?;
+            if !url.scheme().is_tls() {
+                return Ok(Box::new(stream) as Box<dyn Connection>);
+            }
+            let tls = self.tls.as_ref().ok_or_else(|| {
+                io::Error::new(io::ErrorKind::Unsupported, "this dialler has no TLS")
+            })?;
+            let name = ServerName::try_from(url.host_name().to_owned()).map_err(|_| {
+                let why = format!("{:?} is no name that a certificate can have", url.host_name());
+                io::Error::new(io::ErrorKind::InvalidInput, why)
+            })?;
+            match tls.connect(name, stream).await {
+                Ok(stream) => Ok(Box::new(stream) as Box<dyn Connection>),
+                // In the words of what refused it, which the library only wraps.
+                Err(error) => {
+                    let why = format!("TLS handshake failed: {}", tls::reason(&error));
+                    Err(io::Error::new(error.kind(), why))
                 }
             }
         };
@@ -159,7 +188,7 @@ mod tests {
 
     use super::*;
 
-    const DIALER: Dialer = Dialer { timeout: Duration::from_secs(5) };
+    const PATIENCE: Duration = Duration::from_secs(5);
 
     fn get(path: &str) -> Request<Full<Bytes>> {
         Request::get(path).body(Full::default()).unwrap()
@@ -180,14 +209,17 @@ mod tests {
             let second = listener.accept().await.unwrap();
             (String::from_utf8_lossy(&asked[..n]).into_owned(), second)
         });
-        let answer = call(&DIALER, &url, get("/version"), Duration::from_secs(5)).await.unwrap();
+        let answer = call(&Dialer::clear(PATIENCE), &url, get("/version"), Duration::from_secs(5))
+            .await
+            .unwrap();
         assert_eq!((answer.status().as_u16(), &answer.body()[..]), (418, &b"hello"[..]));
-        let silent = call(&DIALER, &url, get("/"), Duration::from_millis(20)).await;
+        let silent =
+            call(&Dialer::clear(PATIENCE), &url, get("/"), Duration::from_millis(20)).await;
         assert!(matches!(silent, Err(CallError::TimedOut { .. })));
         let (asked, _second) = serving.await.unwrap();
         assert!(asked.starts_with("GET /version HTTP/1.1\r\n"), "{asked}");
         assert!(asked.contains(&format!("host: 127.0.0.1:{port}\r\n")), "{asked}");
-        let closed = call(&DIALER, &url, get("/"), Duration::from_secs(5)).await;
+        let closed = call(&Dialer::clear(PATIENCE), &url, get("/"), Duration::from_secs(5)).await;
         assert!(matches!(closed, Err(CallError::Connect { .. })));
     }
 }
