@@ -515,12 +515,7 @@ fn rules_are_told_in_the_words_of_etcd() {
     }
     assert!(!Path::new(file).exists());
     // Explicit defaults are no demand.
-    flags(&[
-        "--downgrade-check-time=5s",
-        "--enable-pprof=false",
-        "--cert-file=",
-        "--auto-tls=false",
-    ]);
+    flags(&["--downgrade-check-time=5s", "--enable-pprof=false", "--discovery-srv="]);
     let (checked, _) =
         served(load(&["--corrupt-check-time=1h", "--compact-hash-check-time=2m"], &[]));
     assert_eq!(checked.checks.corrupt_check_time, Duration::from_secs(3600));

@@ -334,7 +334,7 @@ fn in_etcds_words(response: Response<tonic::body::Body>) -> Response<tonic::body
     said.map_or(response, tonic::Status::into_http)
 }
 
-/// In the extensions of a request that came over TLS.
+/// In the extensions of an HTTP request that came over TLS.
 #[derive(Clone, Copy, Debug)]
 pub struct OverTls;
 
@@ -346,18 +346,6 @@ struct Connection {
     client: Option<ClientCert>,
 }
 
-impl Connection {
-    /// Says in a request what is known of its connection.
-    fn mark(&self, request: &mut Request<Incoming>) {
-        if self.tls {
-            request.extensions_mut().insert(OverTls);
-        }
-        if let Some(client) = &self.client {
-            request.extensions_mut().insert(client.clone());
-        }
-    }
-}
-
 type Body = Either<tonic::body::Body, axum::body::Body>;
 
 impl HyperService<Request<Incoming>> for Connection {
@@ -366,7 +354,9 @@ impl HyperService<Request<Incoming>> for Connection {
     type Future = std::pin::Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>>>>;
 
     fn call(&self, mut request: Request<Incoming>) -> Self::Future {
-        self.mark(&mut request);
+        if let Some(client) = &self.client {
+            request.extensions_mut().insert(client.clone());
+        }
         let Served { grpc, http } = &self.served;
         // Over TLS one server does both, as in etcd, and paths below /v3/ are always the gateway's.
         let both = self.tls && http.is_some();
@@ -380,6 +370,9 @@ impl HyperService<Request<Incoming>> for Connection {
                 Box::pin(async move { Ok(services.call(request).await.map(Either::Left)) })
             }
             (_, Some(router)) => {
+                if self.tls {
+                    request.extensions_mut().insert(OverTls);
+                }
                 let mut router = router.clone();
                 Box::pin(async move {
                     let response = match router.call(request).await {

@@ -19,7 +19,7 @@ use x509_parser::prelude::FromDer;
 use super::*;
 
 #[path = "../../../tests/pki/mod.rs"]
-mod pki;
+pub(in crate::transport) mod pki;
 
 use pki::{Authority, Issued, Leaf, replace};
 
