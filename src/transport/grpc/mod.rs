@@ -23,6 +23,8 @@ use tonic::{Code, Request, Response, Status};
 use self::deadline::{Deadline, within};
 use crate::config::duration::GoDuration;
 use crate::metrics::{GrpcCall, Method, Metrics};
+use crate::transport::budget::Account;
+use crate::transport::held;
 use crate::transport::member::Member;
 use crate::transport::status;
 
@@ -31,6 +33,19 @@ pub type Reply<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// Election timeouts in a row without a leader after which a stream with `hasleader` ends.
 const NO_LEADER_TIMEOUTS: u32 = 3;
+
+/// Bytes of a response that are on its connection's account before they are encoded.
+const REPLY_HELD_MIN: usize = 16 << 10;
+
+/// Whether a call may answer with much more than it was asked.
+fn reads_much(method: Method) -> bool {
+    matches!(method, Method::Range | Method::Txn | Method::DeleteRange)
+}
+
+/// The answer to a call for which there is no room.
+pub fn crowded() -> Status {
+    Status::resource_exhausted("etcdserver: too many requests")
+}
 
 /// What the gates of v3-api sections 1 and 7 let through.
 fn admit(
@@ -79,10 +94,19 @@ impl Member {
     {
         let call = GrpcCall::start(method, self.metrics);
         let started = Instant::now();
-        let (metadata, _, body) = request.into_parts();
+        let (metadata, extensions, body) = request.into_parts();
+        let account = extensions.get::<Arc<Account>>();
         call.received(body.encoded_len());
         let result = match admit(self, &metadata, on_learner(&body), false) {
-            Ok(()) => within(deadline::timeout(&metadata), run(body)).await,
+            Ok(()) => {
+                let work = async {
+                    if let Some(account) = account.filter(|_| reads_much(method)) {
+                        account.room().await.map_err(|_| crowded())?;
+                    }
+                    run(body).await
+                };
+                within(deadline::timeout(&metadata), work).await
+            }
             Err(status) => Err(status),
         };
         let took = started.elapsed();
@@ -98,9 +122,14 @@ impl Member {
         }
         match result {
             Ok(reply) => {
-                call.sent(reply.encoded_len());
+                let bytes = reply.encoded_len();
+                call.sent(bytes);
                 call.finish(Code::Ok);
-                Ok(Response::new(reply))
+                let mut response = Response::new(reply);
+                if let Some(account) = account.filter(|_| bytes >= REPLY_HELD_MIN) {
+                    response.extensions_mut().insert(held::Reply::new(account, bytes));
+                }
+                Ok(response)
             }
             Err(status) => {
                 call.finish(status.code());
