@@ -161,7 +161,7 @@ fn messages_that_are_never_finished() {
     }
     let large = target.server.call(PUT, &put(b"large", vec![1; 1_400_000]));
     assert_eq!(large.code, 0, "{}", large.message);
-    target.assert_unharmed(480 << 20, "half messages");
+    target.assert_unharmed(640 << 20, "half messages");
     assert_eq!(target.server.call_raw(RANGE, &range_all()[5..]).code, 0);
 }
 

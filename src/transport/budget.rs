@@ -14,6 +14,7 @@
 //! that all threads share.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
@@ -26,8 +27,10 @@ use crate::metrics::Metrics;
 
 /// Bytes that all clients together may make a member hold before it looks who is to blame.
 pub const HELD_MAX: usize = 256 << 20;
-/// Open calls of all clients together. Each takes a few kilobytes.
-pub const CALLS_MAX: usize = 1 << 16;
+/// Open calls of all clients together where there are few connections. Each takes a few kilobytes.
+pub const CALLS_MAX: usize = 1 << 15;
+/// Open calls for each connection that there may be, where these are many.
+pub const CALLS_PER_CONNECTION: usize = 2;
 /// A connection has to have as many for it to be closed so that others can call.
 const CALLS_BLAMED: usize = 1 << 10;
 
@@ -111,6 +114,8 @@ const ENDS_NOW: u8 = 2;
 pub struct Account {
     budget: Arc<Budget>,
     id: u64,
+    /// Who is at the other end, if that has an address.
+    remote: Option<SocketAddr>,
     /// Bytes that the connection may hold and still go on when all together hold too much.
     share: usize,
     bytes: Share,
@@ -130,6 +135,11 @@ impl Account {
     /// The budget that this is a part of.
     pub fn budget(&self) -> &Arc<Budget> {
         &self.budget
+    }
+
+    /// Who is at the other end, if that has an address.
+    pub fn remote(&self) -> Option<SocketAddr> {
+        self.remote
     }
 
     /// Whether the connection holds more than it may while all together hold too much.
@@ -316,12 +326,13 @@ impl Budget {
 
     /// The account of a new connection, which may hold `share` bytes and go on when all together hold
     /// too much: more than a single request has.
-    pub fn open(self: &Arc<Self>, share: usize) -> Arc<Account> {
+    pub fn open(self: &Arc<Self>, remote: Option<SocketAddr>, share: usize) -> Arc<Account> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let now = self.now();
         let account = Arc::new(Account {
             budget: self.clone(),
             id,
+            remote,
             share,
             bytes: Share::default(),
             calls: Share::default(),
@@ -390,6 +401,7 @@ impl Budget {
             excess = excess.saturating_sub(held);
             self.closed.increment(1);
             tracing::warn!(
+                remote = account.remote.map_or_else(String::new, |remote| remote.to_string()),
                 "held-bytes" = held,
                 "stalled-ms" = since,
                 "closed a connection whose client neither reads nor finishes what it sends, to make \
@@ -411,6 +423,7 @@ impl Budget {
         let Some(most) = most else { return false };
         self.closed.increment(1);
         tracing::warn!(
+            remote = most.remote.map_or_else(String::new, |remote| remote.to_string()),
             calls = most.calls.get(),
             "closed the connection with most open calls, to make room for others"
         );

@@ -7,6 +7,7 @@
 
 use std::convert::Infallible;
 use std::io;
+use std::net::SocketAddr;
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -463,7 +464,11 @@ impl Workers {
             next: Arc::default(),
             connections: Arc::default(),
             connections_max,
-            budget: Budget::new(budget::HELD_MAX, budget::CALLS_MAX, Metrics::global()),
+            budget: Budget::new(
+                budget::HELD_MAX,
+                budget::CALLS_MAX.max(connections_max.saturating_mul(budget::CALLS_PER_CONNECTION)),
+                Metrics::global(),
+            ),
         }
     }
 
@@ -476,6 +481,7 @@ impl Workers {
     fn serve<S: Send + 'static, C: AsyncRead + AsyncWrite + Unpin + 'static>(
         &self,
         stream: S,
+        remote: Option<SocketAddr>,
         connect: impl FnOnce(S) -> io::Result<C> + Send + 'static,
         served: Served,
         options: Options,
@@ -483,7 +489,7 @@ impl Workers {
     ) {
         let held = Held::new(&self.connections);
         // More than one request: a client that sends it must not be stopped in the middle.
-        let account = self.budget.open(options.receive_max.saturating_mul(2));
+        let account = self.budget.open(remote, options.receive_max.saturating_mul(2));
         let thread = self.next.fetch_add(1, Ordering::Relaxed) % self.threads.len();
         self.threads[thread].spawn(async move {
             // A new local task: what it holds need not be able to change threads.
@@ -542,12 +548,12 @@ pub async fn accept(
         let accepted = async {
             match &listener {
                 Listener::Tcp(listener) => {
-                    let (stream, _) = listener.accept().await?;
+                    let (stream, remote) = listener.accept().await?;
                     if let Err(error) = tune(&stream, options.write_timeout) {
                         // A client that has left already; serving it finds that out.
                         tracing::debug!(%error, "cannot set the options of a connection");
                     }
-                    Ok::<_, io::Error>(EitherFuture::Left(stream.into_std()?))
+                    Ok::<_, io::Error>(EitherFuture::Left((stream.into_std()?, remote)))
                 }
                 Listener::Unix(listener, _) => {
                     let (stream, _) = listener.accept().await?;
@@ -560,13 +566,14 @@ pub async fn accept(
             _ = stopping.wait_for(|stop| *stop) => break,
         };
         match accepted {
-            Ok(EitherFuture::Left(stream)) => {
+            Ok(EitherFuture::Left((stream, remote))) => {
                 let connect = tokio::net::TcpStream::from_std;
-                workers.serve(stream, connect, served.clone(), options, stop.clone());
+                let remote = Some(remote);
+                workers.serve(stream, remote, connect, served.clone(), options, stop.clone());
             }
             Ok(EitherFuture::Right(stream)) => {
                 let connect = tokio::net::UnixStream::from_std;
-                workers.serve(stream, connect, served.clone(), options, stop.clone());
+                workers.serve(stream, None, connect, served.clone(), options, stop.clone());
             }
             Err(error) if is_transient(&error) => {
                 tracing::warn!(%error, "failed to accept a connection");

@@ -7,8 +7,10 @@ pub mod health;
 pub mod kv;
 pub mod lease;
 pub mod maintenance;
+mod slow;
 pub mod watch;
 
+use std::any::Any;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -21,7 +23,6 @@ use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status};
 
 use self::deadline::{Deadline, within};
-use crate::config::duration::GoDuration;
 use crate::metrics::{GrpcCall, Method, Metrics};
 use crate::transport::budget::Account;
 use crate::transport::held;
@@ -36,11 +37,6 @@ const NO_LEADER_TIMEOUTS: u32 = 3;
 
 /// Bytes of a response that are on its connection's account before they are encoded.
 const REPLY_HELD_MIN: usize = 16 << 10;
-
-/// Whether a call may answer with much more than it was asked.
-fn reads_much(method: Method) -> bool {
-    matches!(method, Method::Range | Method::Txn | Method::DeleteRange)
-}
 
 /// The answer to a call for which there is no room.
 pub fn crowded() -> Status {
@@ -82,7 +78,7 @@ fn requires_leader(metadata: &MetadataMap) -> bool {
 
 impl Member {
     /// Runs a unary call: gates, accounting, slow-call warning.
-    async fn unary<Q: Message, R: Message, F>(
+    async fn unary<Q: Message + 'static, R: Message + 'static, F>(
         self: &Arc<Self>,
         method: Method,
         on_learner: impl FnOnce(&Q) -> bool,
@@ -96,29 +92,26 @@ impl Member {
         let started = Instant::now();
         let (metadata, extensions, body) = request.into_parts();
         let account = extensions.get::<Arc<Account>>();
-        call.received(body.encoded_len());
+        let (asked, request_bytes) = (slow::Asked::of(&body), body.encoded_len());
+        call.received(request_bytes);
         let result = match admit(self, &metadata, on_learner(&body), false) {
-            Ok(()) => {
-                let work = async {
-                    if let Some(account) = account.filter(|_| reads_much(method)) {
-                        account.room().await.map_err(|_| crowded())?;
-                    }
-                    run(body).await
-                };
-                within(deadline::timeout(&metadata), work).await
-            }
+            Ok(()) => within(deadline::timeout(&metadata), run(body)).await,
             Err(status) => Err(status),
         };
         let took = started.elapsed();
         if took > self.limits.warning_unary {
-            let code = result.as_ref().map_or_else(Status::code, |_| Code::Ok);
-            let (service, name, _) = method.parts();
-            tracing::warn!(
-                "time spent" = %GoDuration::from(took),
-                "response type" = %format_args!("/{service}/{name}"),
-                "response code" = ?code,
-                "request stats"
-            );
+            let reply = result.as_ref().ok();
+            let call = slow::Call {
+                method,
+                took,
+                remote: account.and_then(|account| account.remote()),
+                asked: &asked,
+                request_bytes,
+                code: result.as_ref().map_or_else(Status::code, |_| Code::Ok),
+                reply: reply.map(|reply| reply as &dyn Any),
+                reply_bytes: reply.map_or(0, Message::encoded_len),
+            };
+            call.warn();
         }
         match result {
             Ok(reply) => {
