@@ -137,6 +137,11 @@ impl Account {
         &self.budget
     }
 
+    /// Which of all connections this is.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
     /// Who is at the other end, if that has an address.
     pub fn remote(&self) -> Option<SocketAddr> {
         self.remote
@@ -379,7 +384,7 @@ impl Budget {
     /// Closes connections that hold bytes and do not move, as many as it takes.
     pub fn relieve(&self) {
         let now = self.now();
-        if !self.may_look(now) {
+        if !self.is_crowded() || !self.may_look(now) {
             return;
         }
         let mut excess = self.bytes.load(Ordering::Relaxed).saturating_sub(self.bytes_max / 4 * 3);
@@ -454,3 +459,128 @@ impl Budget {
 /// There is no room for what a call may read.
 #[derive(Debug)]
 pub struct Crowded;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn budget(bytes_max: usize, calls_max: usize) -> Arc<Budget> {
+        Budget::new(bytes_max, calls_max, &Metrics::new())
+    }
+
+    fn end(account: &Account) -> u8 {
+        account.end.load(Ordering::Acquire)
+    }
+
+    /// A budget whose clock has run for a while.
+    fn later(budget: &mut Arc<Budget>) {
+        let budget = Arc::get_mut(budget).expect("nobody else has it yet");
+        budget.started -= Duration::from_secs(10);
+    }
+
+    #[test]
+    fn what_is_held_is_known_but_for_a_grain_and_is_let_go() {
+        let budget = budget(1 << 30, 10);
+        let account = budget.open(None, 1 << 20);
+        let mut charge = account.hold(BYTES_GRAIN - 1);
+        assert_eq!(budget.bytes.load(Ordering::Relaxed), 0);
+        charge.set(3 * BYTES_GRAIN);
+        assert_eq!(budget.bytes.load(Ordering::Relaxed), 3 * BYTES_GRAIN);
+        let second = account.hold(5);
+        charge.set(2 * BYTES_GRAIN);
+        assert_eq!(account.bytes.get(), 2 * BYTES_GRAIN + 5);
+        drop((charge, second));
+        assert_eq!(account.bytes.get(), 0);
+        drop(account);
+        assert_eq!(budget.bytes.load(Ordering::Relaxed), 0);
+        assert!(budget.accounts.lock().is_empty());
+    }
+
+    #[test]
+    fn who_holds_most_for_longest_goes_first_and_who_moves_stays() {
+        let mut budget = budget(100 << 20, 10);
+        later(&mut budget);
+        let [moving, small, large, young] = [0; 4].map(|_| budget.open(None, 1 << 20));
+        let charges = [
+            moving.hold(40 << 20),
+            small.hold(1 << 20),
+            large.hold(30 << 20),
+            young.hold(20 << 20),
+        ];
+        for (account, time) in [(&small, 9), (&large, 8), (&young, 0), (&moving, 0)] {
+            account.moved_at.store(budget.now() - time * 1000, Ordering::Relaxed);
+        }
+        budget.relieve();
+        assert!([&moving, &small, &large, &young].iter().all(|account| account.stays()));
+        let more = moving.hold(20 << 20);
+        assert!(budget.is_crowded());
+        budget.relieved_at.store(0, Ordering::Relaxed);
+        budget.relieve();
+        let ends = [&moving, &small, &large, &young].map(|account| end(account));
+        // The large one is not enough for a quarter of room, and the small one has stood still too.
+        assert_eq!(ends, [STAYS, ENDS_NOW, ENDS_NOW, STAYS]);
+        drop((charges, more));
+    }
+
+    #[test]
+    fn letting_go_of_much_is_moving_and_of_little_is_not() {
+        let mut budget = budget(1 << 30, 10);
+        later(&mut budget);
+        let account = budget.open(None, 1 << 20);
+        let mut charge = account.hold(1 << 20);
+        account.moved_at.store(0, Ordering::Relaxed);
+        charge.set((1 << 20) - 100);
+        assert_eq!(account.moved_at.load(Ordering::Relaxed), 0);
+        charge.set(1 << 19);
+        assert!(account.moved_at.load(Ordering::Relaxed) > 0);
+    }
+
+    #[test]
+    fn too_many_calls_are_refused_unless_one_connection_is_to_blame() {
+        let budget = budget(1 << 30, CALLS_BLAMED);
+        let accounts: Vec<_> =
+            (0..CALLS_BLAMED / CALLS_GRAIN).map(|_| budget.open(None, 1)).collect();
+        let open = |account: &Arc<Account>, count: usize| {
+            (0..count).map(|_| account.call()).collect::<Option<Vec<_>>>()
+        };
+        let calls: Vec<_> =
+            accounts.iter().map(|account| open(account, CALLS_GRAIN).expect("room")).collect();
+        std::thread::sleep(2 * RELIEF_INTERVAL);
+        assert!(accounts[0].call().is_none(), "all have as many: nobody is to blame");
+        drop(calls);
+        let greedy = open(&accounts[1], CALLS_BLAMED).expect("there is room again");
+        std::thread::sleep(2 * RELIEF_INTERVAL);
+        assert!(accounts[0].call().is_some());
+        assert_eq!((end(&accounts[0]), end(&accounts[1])), (STAYS, ENDS_NOW));
+        drop(greedy);
+    }
+
+    #[test]
+    fn the_longest_silent_makes_room_before_the_longest_idle() {
+        let mut budget = budget(1 << 30, 10);
+        later(&mut budget);
+        let [busy, idle, silent, new] = [0; 4].map(|_| budget.open(None, 1));
+        let call = busy.call().expect("there is room");
+        drop(idle.call());
+        for (account, age) in [(&busy, 9000), (&idle, 8000), (&silent, 2000), (&new, 10)] {
+            account.used_at.store(budget.now() - age, Ordering::Relaxed);
+        }
+        budget.make_room();
+        assert_eq!([&busy, &idle, &silent, &new].map(|a| end(a)), [STAYS, STAYS, ENDS_NOW, STAYS]);
+        budget.make_room();
+        assert_eq!(end(&idle), ENDS_GRACEFULLY);
+        budget.make_room();
+        assert_eq!([&busy, &new].map(|a| end(a)), [STAYS, STAYS]);
+        drop(call);
+    }
+
+    #[test]
+    fn ages_are_spread_by_a_tenth() {
+        let budget = budget(1 << 30, 10);
+        let ages: Vec<_> = (0..100)
+            .map(|_| budget.open(None, 1).spread(Duration::from_secs(100)).as_secs())
+            .collect();
+        assert!(ages.iter().all(|age| (90..=110).contains(age)), "{ages:?}");
+        assert!(ages.iter().any(|age| *age < 95) && ages.iter().any(|age| *age > 105), "{ages:?}");
+    }
+}

@@ -14,9 +14,10 @@ use parking_lot::Mutex;
 use prost::Message as _;
 use quorate_proto::etcdserverpb as pb;
 use quorate_proto::etcdserverpb::downgrade_request::DowngradeAction;
+use rustc_hash::FxHashMap;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Notify, mpsc, oneshot};
-use tonic::{Request, Response, Status};
+use tonic::{Code, Request, Response, Status};
 
 use super::deadline::{self, Deadline};
 use super::{Counted, Ending, Reply, crowded};
@@ -30,6 +31,7 @@ use crate::core::membership::Version;
 use crate::core::mvcc::hash::hash_all;
 use crate::core::types::MemberId;
 use crate::metrics::Method;
+use crate::transport::budget::Account;
 use crate::transport::member::Member;
 use crate::transport::status;
 
@@ -52,6 +54,8 @@ const DIGEST: u64 = 32;
 /// Snapshots being gathered or sent to clients at once: each takes a thread, and as much of the disk as
 /// the data.
 const SNAPSHOTS_MAX: usize = 8;
+/// Those that one connection may ask for at once.
+const SNAPSHOTS_OF_CONNECTION_MAX: usize = 2;
 /// How long the client of a snapshot may take nothing of it before it makes room for another.
 const SNAPSHOT_STALL: Duration = Duration::from_secs(10);
 /// Time between two looks whether there is room for a snapshot.
@@ -65,39 +69,78 @@ struct Sending {
     ending: Notify,
 }
 
-/// The snapshots under way.
+/// The snapshots under way, and those that wait for room.
 #[derive(Default)]
-pub struct Snapshots(Mutex<Vec<Arc<Sending>>>);
+pub struct Snapshots {
+    sending: Mutex<Vec<Arc<Sending>>>,
+    /// How many each connection has asked for and not yet got.
+    wanted: Mutex<FxHashMap<u64, usize>>,
+}
 
 impl Snapshots {
+    /// Counts one of a connection; `None` if it has enough.
+    fn want(self: &Arc<Self>, connection: u64) -> Option<Wanted> {
+        let mut wanted = self.wanted.lock();
+        let count = wanted.entry(connection).or_default();
+        if *count >= SNAPSHOTS_OF_CONNECTION_MAX {
+            return None;
+        }
+        *count += 1;
+        Some(Wanted { all: self.clone(), connection })
+    }
+
     /// Waits for room, which a client that does not read its snapshot has to make.
     async fn enter(self: &Arc<Self>) -> Slot {
         loop {
-            {
-                let mut all = self.0.lock();
-                if all.len() < SNAPSHOTS_MAX {
-                    let sending = Arc::new(Sending {
-                        moved: Mutex::new(None),
-                        ended: AtomicBool::new(false),
-                        ending: Notify::new(),
-                    });
-                    all.push(sending.clone());
-                    return Slot { all: self.clone(), sending };
-                }
-                let moved = |sending: &Sending| *sending.moved.lock();
-                let sent = all.iter().filter_map(|sending| Some((moved(sending)?, sending)));
-                if let Some((moved, sending)) = sent.min_by_key(|(moved, _)| *moved)
-                    && moved.elapsed() >= SNAPSHOT_STALL
-                    && !sending.ended.swap(true, Ordering::AcqRel)
-                {
-                    tracing::warn!(
-                        "stalled-ms" = moved.elapsed().as_millis() as u64,
-                        "gave up a snapshot whose client does not read it, to make room for another"
-                    );
-                    sending.ending.notify_one();
-                }
+            if let Some(slot) = self.try_enter() {
+                return slot;
             }
             tokio::time::sleep(SNAPSHOT_POLL).await;
+        }
+    }
+
+    fn try_enter(self: &Arc<Self>) -> Option<Slot> {
+        let mut all = self.sending.lock();
+        if all.len() < SNAPSHOTS_MAX {
+            let sending = Arc::new(Sending {
+                moved: Mutex::new(None),
+                ended: AtomicBool::new(false),
+                ending: Notify::new(),
+            });
+            all.push(sending.clone());
+            return Some(Slot { all: self.clone(), sending });
+        }
+        for sending in all.iter() {
+            let stalled = sending.moved.lock().map(|moved| moved.elapsed());
+            if let Some(stalled) = stalled.filter(|stalled| *stalled >= SNAPSHOT_STALL)
+                && !sending.ended.swap(true, Ordering::AcqRel)
+            {
+                tracing::warn!(
+                    "stalled-ms" = stalled.as_millis() as u64,
+                    "gave up a snapshot whose client does not read it, to make room for another"
+                );
+                sending.ending.notify_one();
+                break;
+            }
+        }
+        None
+    }
+}
+
+/// The place of one snapshot among those of its connection.
+struct Wanted {
+    all: Arc<Snapshots>,
+    connection: u64,
+}
+
+impl Drop for Wanted {
+    fn drop(&mut self) {
+        let mut wanted = self.all.wanted.lock();
+        if let Some(count) = wanted.get_mut(&self.connection) {
+            *count -= 1;
+            if *count == 0 {
+                wanted.remove(&self.connection);
+            }
         }
     }
 }
@@ -110,7 +153,7 @@ struct Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.all.0.lock().retain(|sending| !Arc::ptr_eq(sending, &self.sending));
+        self.all.sending.lock().retain(|sending| !Arc::ptr_eq(sending, &self.sending));
     }
 }
 
@@ -459,9 +502,20 @@ impl pb::maintenance_server::Maintenance for Maintenance {
         let leaderless = self.member.stream_leaderless(request.metadata());
         let deadline = Deadline::of(request.metadata());
         call.received(request.get_ref().encoded_len());
+        let wanted = match request.extensions().get::<Arc<Account>>() {
+            None => None,
+            Some(account) => match self.snapshots.want(account.id()) {
+                None => {
+                    call.finish(Code::ResourceExhausted);
+                    return Err(crowded());
+                }
+                wanted => wanted,
+            },
+        };
         let (sender, receiver) = mpsc::channel(CHUNKS_AHEAD);
         let this = self.clone();
         actix::spawn(async move {
+            let _wanted = wanted;
             if let Err(status) = this.send_snapshot(sender.clone()).await {
                 // A client that is gone needs no reason.
                 drop(sender.send(Err(status)).await);
