@@ -2,9 +2,11 @@
 
 pub mod access;
 mod authority;
+pub mod budget;
 pub mod concurrency;
 pub mod grpc;
 pub mod guard;
+pub mod held;
 pub mod http;
 pub mod identity;
 pub mod listener;

@@ -30,6 +30,14 @@ pub enum Detached {
 }
 
 impl Detached {
+    /// Where it comes from.
+    pub fn remote(&self) -> Remote {
+        Remote(match self {
+            Detached::Tcp(_, remote) => Some(*remote),
+            Detached::Unix(_) => None,
+        })
+    }
+
     /// Registers it with the runtime of this thread.
     ///
     /// # Errors

@@ -9,8 +9,10 @@ pub mod kv;
 pub mod lease;
 pub mod lock;
 pub mod maintenance;
+mod slow;
 pub mod watch;
 
+use std::any::Any;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -23,9 +25,10 @@ use tonic::metadata::MetadataMap;
 use tonic::{Code, Extensions, Request, Response, Status};
 
 use self::deadline::{Deadline, within};
-use crate::config::duration::GoDuration;
 use crate::metrics::{GrpcCall, Method, Metrics};
 use crate::transport::access::Gated;
+use crate::transport::budget::Account;
+use crate::transport::held;
 use crate::transport::identity::{Credentials, Who};
 use crate::transport::member::Member;
 use crate::transport::status;
@@ -47,6 +50,14 @@ fn account(method: Method, extensions: &Extensions, metrics: &'static Metrics) -
         None => GrpcCall::start(method, metrics),
         Some(Step) => GrpcCall::step(method, metrics),
     }
+}
+
+/// Bytes of a response that are on its connection's account before they are encoded.
+const REPLY_HELD_MIN: usize = 16 << 10;
+
+/// The answer to a call for which there is no room.
+pub fn crowded() -> Status {
+    Status::resource_exhausted("etcdserver: too many requests")
 }
 
 /// What the gates of v3-api sections 1 and 7 let through.
@@ -87,7 +98,7 @@ fn requires_leader(metadata: &MetadataMap) -> bool {
 
 impl Member {
     /// Runs a unary call: gates, accounting, slow-call warning. `run` is told who calls.
-    async fn unary<Q: Message + Gated, R: Message, F>(
+    async fn unary<Q: Message + Gated + 'static, R: Message + 'static, F>(
         self: &Arc<Self>,
         method: Method,
         on_learner: impl FnOnce(&Q) -> bool,
@@ -100,7 +111,9 @@ impl Member {
         let call = account(method, request.extensions(), self.metrics);
         let started = Instant::now();
         let (metadata, extensions, body) = request.into_parts();
-        call.received(body.encoded_len());
+        let account = extensions.get::<Arc<Account>>();
+        let (asked, request_bytes) = (slow::Asked::of(&body), body.encoded_len());
+        call.received(request_bytes);
         let counted = call.is_counted();
         let result = match admit(self, &metadata, on_learner(&body), false, counted) {
             Ok(()) => {
@@ -115,20 +128,29 @@ impl Member {
         };
         let took = started.elapsed();
         if took > self.limits.warning_unary && !method.waits() {
-            let code = result.as_ref().map_or_else(Status::code, |_| Code::Ok);
-            let (service, name, _) = method.parts();
-            tracing::warn!(
-                "time spent" = %GoDuration::from(took),
-                "response type" = %format_args!("/{service}/{name}"),
-                "response code" = ?code,
-                "request stats"
-            );
+            let reply = result.as_ref().ok();
+            let call = slow::Call {
+                method,
+                took,
+                remote: account.and_then(|account| account.remote()),
+                asked: &asked,
+                request_bytes,
+                code: result.as_ref().map_or_else(Status::code, |_| Code::Ok),
+                reply: reply.map(|reply| reply as &dyn Any),
+                reply_bytes: reply.map_or(0, Message::encoded_len),
+            };
+            call.warn();
         }
         match result {
             Ok(reply) => {
-                call.sent(reply.encoded_len());
+                let bytes = reply.encoded_len();
+                call.sent(bytes);
                 call.finish(Code::Ok);
-                Ok(Response::new(reply))
+                let mut response = Response::new(reply);
+                if let Some(account) = account.filter(|_| bytes >= REPLY_HELD_MIN) {
+                    response.extensions_mut().insert(held::Reply::new(account, bytes));
+                }
+                Ok(response)
             }
             Err(status) => {
                 call.finish(status.code());
