@@ -160,6 +160,11 @@ impl Method {
     pub fn shown_at_start(self) -> bool {
         !matches!(self.parts().0, "v3lockpb.Lock" | "v3electionpb.Election")
     }
+
+    /// Whether a call may wait for other clients, so that a long one is not a slow one.
+    pub fn waits(self) -> bool {
+        matches!(self, Method::Lock | Method::Campaign)
+    }
 }
 
 struct MethodMetrics {
@@ -236,6 +241,8 @@ pub struct GrpcCall<M: Deref<Target = Metrics> = &'static Metrics> {
     /// Only where calls are timed.
     started: Option<Instant>,
     code: Code,
+    /// False for a step of another call.
+    counted: bool,
 }
 
 impl<M: Deref<Target = Metrics>> GrpcCall<M> {
@@ -243,7 +250,18 @@ impl<M: Deref<Target = Metrics>> GrpcCall<M> {
     pub fn start(method: Method, metrics: M) -> Self {
         metrics.method(method).started.increment(1);
         let started = metrics.grpc.timed.get().map(|()| Instant::now());
-        GrpcCall { metrics, method, started, code: Code::Cancelled }
+        GrpcCall { metrics, method, started, code: Code::Cancelled, counted: true }
+    }
+
+    /// A call that the server makes on itself as a step of another call. Nobody called the method by
+    /// gRPC, so nothing is counted.
+    pub fn step(method: Method, metrics: M) -> Self {
+        GrpcCall { metrics, method, started: None, code: Code::Cancelled, counted: false }
+    }
+
+    /// Whether this is a client's call, and no step of one.
+    pub fn is_counted(&self) -> bool {
+        self.counted
     }
 
     /// Which method was called.
@@ -253,6 +271,9 @@ impl<M: Deref<Target = Metrics>> GrpcCall<M> {
 
     /// Counts a message from the client; `bytes` is its encoded length without the frame's header.
     pub fn received(&self, bytes: usize) {
+        if !self.counted {
+            return;
+        }
         self.metrics.method(self.method).received.increment(1);
         self.metrics.client_received_bytes.increment(bytes as u64);
     }
@@ -262,11 +283,14 @@ impl<M: Deref<Target = Metrics>> GrpcCall<M> {
     where
         M: Clone,
     {
-        Received { metrics: self.metrics.clone(), method: self.method }
+        Received { metrics: self.metrics.clone(), method: self.method, counted: self.counted }
     }
 
     /// Counts a message to the client; `bytes` as in [`GrpcCall::received`].
     pub fn sent(&self, bytes: usize) {
+        if !self.counted {
+            return;
+        }
         self.metrics.method(self.method).sent.increment(1);
         self.metrics.client_sent_bytes.increment(bytes as u64);
     }
@@ -279,6 +303,9 @@ impl<M: Deref<Target = Metrics>> GrpcCall<M> {
 
 impl<M: Deref<Target = Metrics>> Drop for GrpcCall<M> {
     fn drop(&mut self) {
+        if !self.counted {
+            return;
+        }
         self.metrics.method(self.method).handled[self.code as usize].increment(1);
         if let Some(started) = self.started {
             self.metrics.method_seconds(self.method).record(started.elapsed().as_secs_f64());
@@ -290,11 +317,15 @@ impl<M: Deref<Target = Metrics>> Drop for GrpcCall<M> {
 pub struct Received<M: Deref<Target = Metrics> = &'static Metrics> {
     metrics: M,
     method: Method,
+    counted: bool,
 }
 
 impl<M: Deref<Target = Metrics>> Received<M> {
     /// Counts a message; `bytes` as in [`GrpcCall::received`].
     pub fn count(&self, bytes: usize) {
+        if !self.counted {
+            return;
+        }
         self.metrics.method(self.method).received.increment(1);
         self.metrics.client_received_bytes.increment(bytes as u64);
     }
@@ -356,6 +387,31 @@ mod tests {
         let series = format!("grpc_server_handled_total{{grpc_code=\"Canceled\",{labels}}}");
         assert_eq!(value(&page, &series), Some(1.0));
         assert!(!page.contains("v3electionpb.Election"));
+    }
+
+    #[test]
+    fn a_step_of_another_call_is_not_counted() {
+        let metrics = Metrics::new();
+        metrics.time_grpc_calls();
+        let step = GrpcCall::step(Method::Txn, &metrics);
+        step.received(10);
+        step.receiver().count(10);
+        step.sent(10);
+        assert!(!step.is_counted());
+        step.finish(Code::Ok);
+        let page = metrics.render();
+        let labels = "grpc_method=\"Txn\",grpc_service=\"etcdserverpb.KV\",grpc_type=\"unary\"";
+        for series in [
+            format!("grpc_server_started_total{{{labels}}}"),
+            format!("grpc_server_msg_received_total{{{labels}}}"),
+            format!("grpc_server_msg_sent_total{{{labels}}}"),
+            format!("grpc_server_handled_total{{grpc_code=\"OK\",{labels}}}"),
+            format!("grpc_server_handling_seconds_count{{{labels}}}"),
+            "etcd_network_client_grpc_received_bytes_total".into(),
+            "etcd_network_client_grpc_sent_bytes_total".into(),
+        ] {
+            assert_eq!(value(&page, &series), Some(0.0), "{series}");
+        }
     }
 
     #[test]

@@ -26,6 +26,8 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use quorate_proto::etcdserverpb as pb;
 use quorate_proto::health::health_server::HealthServer;
+use quorate_proto::v3electionpb::election_server::ElectionServer;
+use quorate_proto::v3lockpb::lock_server::LockServer;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tonic::Code;
@@ -180,6 +182,8 @@ pub struct Services {
     cluster: pb::cluster_server::ClusterServer<grpc::cluster::Cluster>,
     maintenance: pb::maintenance_server::MaintenanceServer<grpc::maintenance::Maintenance>,
     auth: pb::auth_server::AuthServer<grpc::auth::Auth>,
+    lock: LockServer<grpc::lock::Lock>,
+    election: ElectionServer<grpc::election::Election>,
     health: HealthServer<grpc::health::Health>,
     reflection: Option<Router>,
 }
@@ -211,6 +215,8 @@ impl Services {
                 grpc::maintenance::Maintenance { member: member.clone(), snap_dir }
             )),
             auth: server!(pb::auth_server::AuthServer::new(grpc::auth::Auth(member.clone()))),
+            lock: server!(LockServer::new(grpc::lock::Lock(member.clone()))),
+            election: server!(ElectionServer::new(grpc::election::Election(member.clone()))),
             health: server!(HealthServer::new(grpc::health::Health {
                 member: member.clone(),
                 stops_on_defrag
@@ -253,6 +259,8 @@ impl Services {
             cluster: pb::cluster_server::ClusterServer<grpc::cluster::Cluster>,
             maintenance: pb::maintenance_server::MaintenanceServer<grpc::maintenance::Maintenance>,
             auth: pb::auth_server::AuthServer<grpc::auth::Auth>,
+            lock: LockServer<grpc::lock::Lock>,
+            election: ElectionServer<grpc::election::Election>,
             health: HealthServer<grpc::health::Health>,
         );
         match result {

@@ -1,6 +1,7 @@
 //! Sockets and encodings: how clients, peers and scrapers reach the actors.
 
 mod authority;
+pub mod concurrency;
 pub mod grpc;
 pub mod guard;
 pub mod http;

@@ -73,7 +73,7 @@ impl pb::health_server::Health for Health {
         &self,
         request: Request<pb::HealthCheckRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        let call = self.member.open_stream(Method::HealthWatch, request.metadata(), false)?;
+        let call = self.member.open_stream(Method::HealthWatch, &request, false)?;
         let deadline = Deadline::of(request.metadata());
         let request = request.into_inner();
         call.received(request.encoded_len());

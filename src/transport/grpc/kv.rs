@@ -298,7 +298,7 @@ impl pb::kv_server::Kv for Kv {
         &self,
         request: Request<pb::RangeRequest>,
     ) -> Result<Response<Self::RangeStreamStream>, Status> {
-        let call = self.0.open_stream(Method::RangeStream, request.metadata(), false)?;
+        let call = self.0.open_stream(Method::RangeStream, &request, false)?;
         let leaderless = self.0.stream_leaderless(request.metadata());
         let timeout = deadline::timeout(request.metadata());
         let deadline = Deadline::of(request.metadata());

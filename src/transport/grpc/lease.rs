@@ -152,7 +152,7 @@ impl pb::lease_server::Lease for Lease {
         &self,
         request: Request<Streaming<pb::LeaseKeepAliveRequest>>,
     ) -> Result<Response<Self::LeaseKeepAliveStream>, Status> {
-        let call = self.0.open_stream(Method::LeaseKeepAlive, request.metadata(), false)?;
+        let call = self.0.open_stream(Method::LeaseKeepAlive, &request, false)?;
         let end = Box::pin(self.0.stream_end(request.metadata()));
         let deadline = Deadline::of(request.metadata());
         let state = KeepAlives {

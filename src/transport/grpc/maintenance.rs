@@ -361,7 +361,7 @@ impl pb::maintenance_server::Maintenance for Maintenance {
         &self,
         request: Request<pb::SnapshotRequest>,
     ) -> Result<Response<Self::SnapshotStream>, Status> {
-        let call = self.member.open_stream(Method::Snapshot, request.metadata(), true)?;
+        let call = self.member.open_stream(Method::Snapshot, &request, true)?;
         let leaderless = self.member.stream_leaderless(request.metadata());
         let deadline = Deadline::of(request.metadata());
         call.received(request.get_ref().encoded_len());

@@ -3,9 +3,11 @@
 pub mod auth;
 pub mod cluster;
 pub mod deadline;
+pub mod election;
 pub mod health;
 pub mod kv;
 pub mod lease;
+pub mod lock;
 pub mod maintenance;
 pub mod watch;
 
@@ -18,7 +20,7 @@ use futures_util::Stream;
 use futures_util::future::BoxFuture;
 use prost::Message;
 use tonic::metadata::MetadataMap;
-use tonic::{Code, Request, Response, Status};
+use tonic::{Code, Extensions, Request, Response, Status};
 
 use self::deadline::{Deadline, within};
 use crate::config::duration::GoDuration;
@@ -32,12 +34,26 @@ pub type Reply<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 /// Election timeouts in a row without a leader after which a stream with `hasleader` ends.
 const NO_LEADER_TIMEOUTS: u32 = 3;
 
+/// In the extensions of a request that a service of this member makes as a step of a client's call:
+/// what concerns the connection has been seen to there (counting, the deadline, `hasleader`).
+#[derive(Clone, Copy)]
+pub struct Step;
+
+/// The accounting of a call that has come with `extensions`.
+fn account(method: Method, extensions: &Extensions, metrics: &'static Metrics) -> GrpcCall {
+    match extensions.get::<Step>() {
+        None => GrpcCall::start(method, metrics),
+        Some(Step) => GrpcCall::step(method, metrics),
+    }
+}
+
 /// What the gates of v3-api sections 1 and 7 let through.
 fn admit(
     member: &Member,
     metadata: &MetadataMap,
     on_learner: bool,
     stream: bool,
+    counted: bool,
 ) -> Result<(), Status> {
     let version = match metadata.get("client-api-version") {
         None => None,
@@ -47,7 +63,9 @@ fn admit(
             Err(_) => return Err(status::invalid_client_api_version()),
         },
     };
-    member.metrics.count_client_request(stream, version);
+    if counted {
+        member.metrics.count_client_request(stream, version);
+    }
     if member.is_stopping() {
         return Err(status::stopped());
     }
@@ -77,16 +95,17 @@ impl Member {
     where
         F: Future<Output = Result<R, Status>>,
     {
-        let call = GrpcCall::start(method, self.metrics);
+        let call = account(method, request.extensions(), self.metrics);
         let started = Instant::now();
         let (metadata, _, body) = request.into_parts();
         call.received(body.encoded_len());
-        let result = match admit(self, &metadata, on_learner(&body), false) {
+        let counted = call.is_counted();
+        let result = match admit(self, &metadata, on_learner(&body), false, counted) {
             Ok(()) => within(deadline::timeout(&metadata), run(body)).await,
             Err(status) => Err(status),
         };
         let took = started.elapsed();
-        if took > self.limits.warning_unary {
+        if took > self.limits.warning_unary && !method.waits() {
             let code = result.as_ref().map_or_else(Status::code, |_| Code::Ok);
             let (service, name, _) = method.parts();
             tracing::warn!(
@@ -110,14 +129,14 @@ impl Member {
     }
 
     /// Opens a streaming call: gates and accounting. The accounting ends with the stream.
-    fn open_stream(
+    fn open_stream<S>(
         self: &Arc<Self>,
         method: Method,
-        metadata: &MetadataMap,
+        request: &Request<S>,
         on_learner: bool,
     ) -> Result<GrpcCall, Status> {
-        let call = GrpcCall::start(method, self.metrics);
-        match admit(self, metadata, on_learner, true) {
+        let call = account(method, request.extensions(), self.metrics);
+        match admit(self, request.metadata(), on_learner, true, call.is_counted()) {
             Ok(()) => Ok(call),
             Err(status) => {
                 call.finish(status.code());
@@ -279,15 +298,15 @@ mod tests {
             let voter = member(false).member;
             let text = |result: Result<(), Status>| result.unwrap_err().message().to_string();
             let plain = MetadataMap::new();
-            assert!(admit(&voter, &plain, false, false).is_ok());
-            let refused = admit(&voter, &with_leader(), false, false);
+            assert!(admit(&voter, &plain, false, false, true).is_ok());
+            let refused = admit(&voter, &with_leader(), false, false, true);
             assert_eq!(text(refused), status::no_leader().message());
             voter.shared.set_leader(MemberId(2));
-            assert!(admit(&voter, &with_leader(), false, true).is_ok());
+            assert!(admit(&voter, &with_leader(), false, true, true).is_ok());
             let learner = member(true).member;
-            let refused = admit(&learner, &plain, false, false);
+            let refused = admit(&learner, &plain, false, false, true);
             assert_eq!(text(refused), status::not_supported_for_learner().message());
-            assert!(admit(&learner, &plain, true, false).is_ok());
+            assert!(admit(&learner, &plain, true, false, true).is_ok());
         });
     }
 

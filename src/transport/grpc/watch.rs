@@ -6,8 +6,8 @@ use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use futures_util::Stream;
 use futures_util::future::BoxFuture;
+use futures_util::{Stream, StreamExt};
 use prost::Message as _;
 use quorate_proto::etcdserverpb as pb;
 use tokio::sync::mpsc;
@@ -86,16 +86,14 @@ impl Drop for Responses {
     }
 }
 
-#[tonic::async_trait]
-impl pb::watch_server::Watch for Watch {
-    type WatchStream = Reply<pb::WatchResponse>;
-
-    async fn watch(
-        &self,
-        request: Request<Streaming<pb::WatchRequest>>,
-    ) -> Result<Response<Self::WatchStream>, Status> {
+impl Watch {
+    /// Opens a stream for the requests of a client, or of another service of this member.
+    pub fn open<S>(&self, request: Request<S>) -> Result<Reply<pb::WatchResponse>, Status>
+    where
+        S: Stream<Item = Result<pb::WatchRequest, Status>> + Unpin + 'static,
+    {
         let member = self.0.clone();
-        let call = member.open_stream(Method::Watch, request.metadata(), false)?;
+        let call = member.open_stream(Method::Watch, &request, false)?;
         let end = Box::pin(member.stream_end(request.metadata()));
         let deadline = Deadline::of(request.metadata());
         let stream = StreamId(member.next_stream.fetch_add(1, Ordering::Relaxed));
@@ -107,7 +105,7 @@ impl pb::watch_server::Watch for Watch {
         let mut requests = request.into_inner();
         let reader = actix::spawn(async move {
             // A client that closes its side goes on receiving; one that is gone drops `Responses`.
-            while let Ok(Some(request)) = requests.message().await {
+            while let Some(Ok(request)) = requests.next().await {
                 received.count(request.encoded_len());
                 let mut room = hub.send(Ask { stream, request }).await;
                 while matches!(room, Ok(false)) {
@@ -129,6 +127,18 @@ impl pb::watch_server::Watch for Watch {
             reader: reader.abort_handle(),
             ended: false,
         };
-        Ok(Response::new(Box::pin(Counted::new(responses, deadline, call))))
+        Ok(Box::pin(Counted::new(responses, deadline, call)))
+    }
+}
+
+#[tonic::async_trait]
+impl pb::watch_server::Watch for Watch {
+    type WatchStream = Reply<pb::WatchResponse>;
+
+    async fn watch(
+        &self,
+        request: Request<Streaming<pb::WatchRequest>>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        self.open(request).map(Response::new)
     }
 }
