@@ -428,7 +428,7 @@ impl Workers {
     }
 
     /// Serves `stream` on the next thread.
-    fn serve<S: Send + 'static, C: AsyncRead + AsyncWrite + Unpin + 'static>(
+    fn serve<S: Send + 'static, C: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         &self,
         stream: S,
         connect: impl FnOnce(S) -> io::Result<C> + Send + 'static,
@@ -576,7 +576,7 @@ fn is_transient(error: &io::Error) -> bool {
     )
 }
 
-async fn serve_connection<C: AsyncRead + AsyncWrite + Unpin + 'static>(
+async fn serve_connection<C: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
     stream: C,
     served: Served,
     options: Options,
@@ -608,7 +608,7 @@ async fn serve_connection<C: AsyncRead + AsyncWrite + Unpin + 'static>(
         ping_interval: served.grpc.is_some().then_some(ping_interval),
     };
     let stream = TokioIo::new(Guard::new(stream, &rules));
-    let connection = builder.serve_connection(stream, Connection(served));
+    let connection = builder.serve_connection_with_upgrades(stream, Connection(served));
     let mut connection = pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,

@@ -2,6 +2,7 @@
 
 mod authority;
 pub mod concurrency;
+pub mod gateway;
 pub mod grpc;
 pub mod guard;
 pub mod http;

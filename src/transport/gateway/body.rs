@@ -1,0 +1,248 @@
+//! Requests out of the bytes of a body, which come when they come.
+
+use std::future::poll_fn;
+use std::marker::PhantomData;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use axum::body::Body;
+use bytes::{BufMut, Bytes, BytesMut};
+use hyper::body::{Body as HttpBody, Frame};
+use prost::Message;
+use quorate_proto::json::{self, Json, Scanner};
+use tonic::codec::{DecodeBuf, Decoder};
+use tonic::{Status, Streaming};
+
+use super::too_large;
+
+/// Bytes of JSON that a byte of a message may take: base64 makes four of three, and a value is most of
+/// a request that is near its limit.
+const BYTES_PER_BYTE: usize = 2;
+
+/// JSON values that follow each other in a body.
+pub struct Values {
+    body: Body,
+    /// Of the last part of the body, what was not looked at yet.
+    part: Bytes,
+    /// What has come of a value before that part.
+    begun: BytesMut,
+    scanner: Scanner,
+    bytes_max: usize,
+    ended: bool,
+}
+
+impl Values {
+    /// `receive_max` is the greatest message, in bytes of its gRPC form.
+    pub fn new(body: Body, receive_max: usize) -> Self {
+        Values {
+            body,
+            part: Bytes::new(),
+            begun: BytesMut::new(),
+            scanner: Scanner::default(),
+            bytes_max: receive_max.saturating_mul(BYTES_PER_BYTE),
+            ended: false,
+        }
+    }
+
+    /// The next message; `None` if there is nothing more.
+    ///
+    /// # Errors
+    /// What is wrong with it. Nothing that comes after it is read.
+    pub async fn next<T: Json>(&mut self) -> Result<Option<T>, Status> {
+        poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    fn poll_next<T: Json>(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<T>, Status>> {
+        loop {
+            if self.ended {
+                return Poll::Ready(Ok(None));
+            }
+            let step = match ready!(self.poll_step(cx)) {
+                Ok(Some(value)) => json::decode_scanned(&value).map(Some).map_err(refused),
+                Ok(None) if self.ended => Ok(None),
+                Ok(None) => continue,
+                Err(status) => Err(status),
+            };
+            self.ended |= step.is_err();
+            return Poll::Ready(step);
+        }
+    }
+
+    /// Looks at a part of the body, gets one if there is none; answers the bytes of a value that ends
+    /// in it.
+    fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Status>> {
+        if self.part.is_empty() {
+            match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
+                Some(Ok(frame)) => self.part = frame.into_data().unwrap_or_default(),
+                Some(Err(error)) => {
+                    return Poll::Ready(Err(Status::invalid_argument(error.to_string())));
+                }
+                None => return Poll::Ready(self.finish()),
+            }
+        }
+        let found = self.scanner.feed(&self.part).map_err(refused)?;
+        let taken = found.unwrap_or(self.part.len());
+        let bytes = self.begun.len() + taken;
+        if bytes > self.bytes_max {
+            return Poll::Ready(Err(too_large(bytes, self.bytes_max / BYTES_PER_BYTE)));
+        }
+        let taken = self.part.split_to(taken);
+        if found.is_none() {
+            // White space before a value is none of it.
+            if !self.scanner.is_fresh() {
+                self.begun.extend_from_slice(&taken);
+            }
+            return Poll::Ready(Ok(None));
+        }
+        self.scanner = Scanner::default();
+        if self.begun.is_empty() {
+            return Poll::Ready(Ok(Some(taken)));
+        }
+        self.begun.extend_from_slice(&taken);
+        Poll::Ready(Ok(Some(self.begun.split().freeze())))
+    }
+
+    fn finish(&mut self) -> Result<Option<Bytes>, Status> {
+        self.ended = true;
+        if self.scanner.is_fresh() {
+            return Ok(None);
+        }
+        self.scanner.finish().map_err(refused)?;
+        Ok(Some(self.begun.split().freeze()))
+    }
+}
+
+fn refused(error: json::Error) -> Status {
+    Status::invalid_argument(error.to_string())
+}
+
+/// The values of a body as gRPC frames messages of type `T`.
+pub struct Framed<T> {
+    values: Values,
+    kind: PhantomData<fn() -> T>,
+}
+
+impl<T: Json + Message + 'static> Framed<T> {
+    /// The messages, for a service. The first that cannot be read ends them, as the end of the body
+    /// does: the service answers what came before it.
+    pub fn stream(values: Values, receive_max: usize) -> Streaming<T> {
+        let framed = Framed::<T> { values, kind: PhantomData };
+        Streaming::new_request(Unframed(PhantomData), framed, None, Some(receive_max))
+    }
+}
+
+impl<T: Json + Message> HttpBody for Framed<T> {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        let message = match ready!(self.values.poll_next::<T>(cx)) {
+            Ok(Some(message)) => message,
+            Ok(None) => return Poll::Ready(None),
+            Err(error) => {
+                tracing::debug!(%error, "cannot read a request of a JSON stream");
+                return Poll::Ready(None);
+            }
+        };
+        let bytes = message.encoded_len();
+        let Ok(length) = u32::try_from(bytes) else {
+            return Poll::Ready(Some(Err(too_large(bytes, u32::MAX as usize))));
+        };
+        let mut frame = BytesMut::with_capacity(5 + bytes);
+        frame.put_u8(0);
+        frame.put_u32(length);
+        message.encode(&mut frame).expect("there is room for all of it");
+        Poll::Ready(Some(Ok(Frame::data(frame.freeze()))))
+    }
+}
+
+/// Reads what [`Framed`] framed.
+struct Unframed<T>(PhantomData<fn() -> T>);
+
+impl<T: Message + Default> Decoder for Unframed<T> {
+    type Item = T;
+    type Error = Status;
+
+    fn decode(&mut self, buf: &mut DecodeBuf<'_>) -> Result<Option<T>, Status> {
+        T::decode(buf).map(Some).map_err(|error| Status::internal(error.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+
+    use futures_util::stream;
+    use quorate_proto::etcdserverpb as pb;
+    use tonic::Code;
+
+    use super::*;
+
+    fn body(parts: &[&str]) -> Body {
+        let parts: Vec<_> = parts.iter().map(|part| part.to_string()).collect();
+        Body::from_stream(stream::iter(parts.into_iter().map(Ok::<_, Infallible>)))
+    }
+
+    async fn ids(parts: &[&str], receive_max: usize) -> (Vec<i64>, Option<Status>) {
+        let mut values = Values::new(body(parts), receive_max);
+        let mut found = Vec::new();
+        loop {
+            match values.next::<pb::LeaseKeepAliveRequest>().await {
+                Ok(Some(request)) => found.push(request.id),
+                Ok(None) => return (found, None),
+                Err(status) => {
+                    // What comes after something broken is not read.
+                    let after = values.next::<pb::LeaseKeepAliveRequest>().await;
+                    assert!(after.unwrap().is_none());
+                    return (found, Some(status));
+                }
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn values_come_out_however_they_came_in() {
+        for parts in [
+            &[r#"{"ID":1}{"ID":2}{"ID":3}"#][..],
+            &[r#"{"ID":1}"#, "\n", r#" {"I"#, r#"D":2"#, r#"} {"ID":3}"#, "  "],
+            &["{", "\"ID\":\"", "1\"", "}{\"ID\":2}{\"ID\":3", "}"],
+        ] {
+            let (found, error) = ids(parts, 64).await;
+            assert_eq!((found, error.map(|e| e.to_string())), (vec![1, 2, 3], None), "{parts:?}");
+        }
+        assert_eq!(ids(&[], 64).await.0, [0; 0]);
+        assert_eq!(ids(&[" ", "\n"], 64).await.0, [0; 0]);
+    }
+
+    #[tokio::test]
+    async fn what_is_broken_ends_the_values() {
+        for (parts, text) in [
+            (&[r#"{"ID":1}{"ID""#][..], "unexpected EOF"),
+            (&[r#"{"ID":1}x{"ID":2}"#], "invalid character 'x' looking for beginning of value"),
+            (
+                &[r#"{"ID":1}{"ID":"x"}{"ID":2}"#],
+                "proto: (line 1:7): invalid value for int64 field ID: \"x\"",
+            ),
+        ] {
+            let (found, error) = ids(parts, 64).await;
+            let error = error.expect("broken");
+            assert_eq!((found, error.code()), (vec![1], Code::InvalidArgument));
+            assert_eq!(error.message(), text);
+        }
+    }
+
+    #[tokio::test]
+    async fn a_value_has_a_greatest_length_and_space_between_values_none() {
+        let filler = format!(r#"{{"x":"{}"}}"#, "y".repeat(200));
+        let (found, error) = ids(&[r#"{"ID":1}"#, &filler[..70], &filler[70..]], 64).await;
+        let error = error.expect("too long");
+        assert_eq!((found, error.code()), (vec![1], Code::ResourceExhausted));
+        assert!(error.message().starts_with("grpc: received message larger than max ("));
+        let space = " ".repeat(100);
+        let (found, error) = ids(&[&space, &space, r#"{"ID":1}"#, &space], 64).await;
+        assert_eq!((found, error.is_none()), (vec![1], true));
+    }
+}
