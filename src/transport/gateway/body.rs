@@ -118,18 +118,21 @@ fn refused(error: json::Error) -> Status {
 
 /// The values of a body as gRPC frames messages of type `T`.
 pub struct Framed<T> {
+    first: Option<T>,
     values: Values,
-    kind: PhantomData<fn() -> T>,
 }
 
 impl<T: Json + Message + 'static> Framed<T> {
-    /// The messages, for a service. The first that cannot be read ends them, as the end of the body
-    /// does: the service answers what came before it.
-    pub fn stream(values: Values, receive_max: usize) -> Streaming<T> {
-        let framed = Framed::<T> { values, kind: PhantomData };
+    /// The messages, for a service: `first` and those that follow it. One that cannot be read ends
+    /// them, as the end of the body does: the service answers what came before it.
+    pub fn stream(first: Option<T>, values: Values, receive_max: usize) -> Streaming<T> {
+        let framed = Framed { first, values };
         Streaming::new_request(Unframed(PhantomData), framed, None, Some(receive_max))
     }
 }
+
+// Nothing in it is pinned.
+impl<T> Unpin for Framed<T> {}
 
 impl<T: Json + Message> HttpBody for Framed<T> {
     type Data = Bytes;
@@ -139,7 +142,11 @@ impl<T: Json + Message> HttpBody for Framed<T> {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let message = match ready!(self.values.poll_next::<T>(cx)) {
+        let next = match self.first.take() {
+            Some(first) => Ok(Some(first)),
+            None => ready!(self.values.poll_next::<T>(cx)),
+        };
+        let message = match next {
             Ok(Some(message)) => message,
             Ok(None) => return Poll::Ready(None),
             Err(error) => {

@@ -108,10 +108,14 @@ impl Call {
         Ok(tonic::Request::from_parts(self.metadata, Extensions::default(), message))
     }
 
-    /// The requests of a method that takes a stream of them.
-    fn stream<T: Json + Message + 'static>(self) -> tonic::Request<Streaming<T>> {
-        let messages = Framed::<T>::stream(self.body, self.receive_max);
-        tonic::Request::from_parts(self.metadata, Extensions::default(), messages)
+    /// The requests of a method that takes a stream of them. The first is awaited: a client whose
+    /// first word is wrong is told so, instead of being left to wait for an answer.
+    async fn stream<T: Json + Message + 'static>(
+        mut self,
+    ) -> Result<tonic::Request<Streaming<T>>, Status> {
+        let first = self.body.next().await?;
+        let messages = Framed::stream(first, self.body, self.receive_max);
+        Ok(tonic::Request::from_parts(self.metadata, Extensions::default(), messages))
     }
 }
 

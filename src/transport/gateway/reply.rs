@@ -145,7 +145,7 @@ pub async fn stream<T: Json + Message + 'static>(
             Err(status) => return failure(&status, last_line(&status)),
         },
         Some(Err(status)) => return failure(&status, last_line(&status)),
-        None => Body::empty(),
+        None => return response(StatusCode::OK, Body::empty()),
     };
     let mut response = response(StatusCode::OK, body);
     response.headers_mut().insert(GRPC_CONTENT_TYPE, GRPC);

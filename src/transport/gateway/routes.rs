@@ -62,7 +62,10 @@ macro_rules! run {
         }
     };
     (both $gateway:ident $call:ident $service:ident $method:path) => {
-        reply::stream($method(&$gateway.$service(), $call.stream()).await).await
+        match $call.stream().await {
+            Ok(requests) => reply::stream($method(&$gateway.$service(), requests).await).await,
+            Err(status) => reply::refused(&status),
+        }
     };
 }
 
