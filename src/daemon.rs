@@ -55,10 +55,13 @@ use crate::transport::http::status::{ClientRules, client_router, metrics_router}
 use crate::transport::listener::{self, Bound, Served, Services, Workers};
 use crate::transport::member::{Limits, Member};
 use crate::transport::peer;
+use crate::transport::peer::client::Dialer;
 use crate::transport::peer::hashkv::Asker;
 use crate::transport::peer::network::{self, Net, Network, RaftLink};
 use crate::transport::peer::server::Door;
 use crate::transport::peer::snapshot::{FromEngine, Snapshots};
+use crate::transport::socket::{Secured, Security};
+use crate::transport::tls::{self, TlsError};
 
 /// File descriptors that are kept for everything but client connections (operations 1.4).
 const RESERVED_FILES: u64 = 150;
@@ -102,6 +105,8 @@ enum StartError {
     Raft(#[from] crate::core::raft::RaftError),
     #[error(transparent)]
     Bind(#[from] listener::BindError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     #[error("cannot access data directory: {}: {source}", path.display())]
     Dir {
         path: PathBuf,
@@ -192,12 +197,22 @@ struct Daemon {
     peers: Arc<dyn Peers>,
     wal: Addr<WalWriter>,
     exits: mpsc::UnboundedReceiver<Reason>,
-    listeners: Vec<(&'static str, Url, Bound, Served)>,
+    listeners: Vec<Listener>,
     workers: Workers,
     peer_workers: Workers,
     options: listener::Options,
     arbiters: Vec<Arbiter>,
     _lock: DataDirLock,
+}
+
+/// A socket that is bound, and what is to be served on it.
+struct Listener {
+    what: &'static str,
+    /// Those of the configuration that have its address: one, or one of each scheme.
+    urls: Vec<Url>,
+    bound: Bound,
+    security: Security,
+    served: Served,
 }
 
 fn server_version() -> Version {
@@ -451,11 +466,13 @@ fn restore_node(config: &Config, found: &Found) -> Result<Node, StartError> {
     Ok(Node::new(&raft, restored)?)
 }
 
+/// Binds what the configuration says. URLs of one list that differ only in their scheme share a socket.
 fn bind_all(
     config: &Config,
     options: &listener::Options,
-) -> Result<Vec<(&'static str, Url, Bound)>, StartError> {
+) -> Result<Vec<(&'static str, Vec<Url>, Bound, Security)>, StartError> {
     let listen = &config.listen;
+    let mut servers = TlsServers { config, clients: None, peers: None };
     let mut bound = Vec::new();
     for (what, urls) in [
         ("peer", &listen.peer_urls),
@@ -463,11 +480,97 @@ fn bind_all(
         ("client-http", &listen.client_http_urls),
         ("metrics", &listen.metrics_urls),
     ] {
+        let mut addresses: Vec<Vec<Url>> = Vec::new();
         for url in urls {
-            bound.push((what, url.clone(), listener::bind(url, options)?));
+            let same = |other: &Vec<Url>| socket_of(&other[0]) == socket_of(url);
+            match addresses.iter_mut().find(|other| same(other)) {
+                Some(address) => address.push(url.clone()),
+                None => addresses.push(vec![url.clone()]),
+            }
+        }
+        for urls in addresses {
+            let security = servers.security(what, &urls)?;
+            let socket = listener::bind(&urls[0], options)?;
+            bound.push((what, urls, socket, security));
         }
     }
     Ok(bound)
+}
+
+/// TLS for listeners, set up when the first of them wants it.
+struct TlsServers<'a> {
+    config: &'a Config,
+    clients: Option<tls::Server>,
+    peers: Option<tls::Server>,
+}
+
+impl TlsServers<'_> {
+    /// How the listener of `urls`, which share an address, is protected.
+    fn security(&mut self, what: &str, urls: &[Url]) -> Result<Security, StartError> {
+        let side = if what == "peer" { tls::Side::Peer } else { tls::Side::Client };
+        let settings = match side {
+            tls::Side::Client => &self.config.client_tls,
+            tls::Side::Peer => &self.config.peer_tls,
+        };
+        let (secure, clear): (Vec<&Url>, Vec<&Url>) =
+            urls.iter().partition(|url| url.scheme().is_tls());
+        for url in clear.iter().filter(|_| what != "metrics") {
+            if !settings.cert_file.as_os_str().is_empty() || settings.auto {
+                tracing::warn!(
+                    url = url.as_str(),
+                    "scheme is http or unix while key and cert files are presented; ignoring key \
+                     and cert files"
+                );
+            }
+            if settings.client_cert_auth {
+                tracing::warn!(
+                    url = url.as_str(),
+                    "scheme is http or unix while client certificates are asked for; ignoring \
+                     client-cert-auth"
+                );
+            }
+        }
+        let Some(url) = secure.first() else { return Ok(Security::Clear) };
+        let Some(server) = self.server(side)? else {
+            return Err(StartError::Refused(match what {
+                "peer" => format!(
+                    "cannot listen on TLS for {}: KeyFile and CertFile are not presented",
+                    socket_of(url)
+                ),
+                "metrics" => "client TLS key/cert (--cert-file, --key-file) must be provided for \
+                              metrics secure url"
+                    .to_string(),
+                _ => format!(
+                    "TLS key/cert (--cert-file, --key-file) must be provided for client url {url} \
+                     with HTTPS scheme"
+                ),
+            }));
+        };
+        let checks_address =
+            matches!(what, "peer" | "metrics") && !settings.skip_client_san_verification;
+        // As in etcd, the socket of a member or a scraper is in clear whatever its URL says.
+        if url.scheme().is_unix() && matches!(what, "peer" | "metrics") {
+            return Ok(Security::Clear);
+        }
+        let endpoint = match what {
+            "peer" => "peer",
+            "metrics" => "metrics",
+            _ => "client",
+        };
+        let secured = Secured::new(server, endpoint, checks_address);
+        Ok(if clear.is_empty() { Security::Tls(secured) } else { Security::Either(secured) })
+    }
+
+    fn server(&mut self, side: tls::Side) -> Result<Option<tls::Server>, StartError> {
+        let (slot, make): (_, fn(&Config, &'static Metrics) -> _) = match side {
+            tls::Side::Client => (&mut self.clients, tls::Server::for_clients),
+            tls::Side::Peer => (&mut self.peers, tls::Server::for_peers),
+        };
+        if slot.is_none() {
+            *slot = make(self.config, Metrics::global())?;
+        }
+        Ok(slot.clone())
+    }
 }
 
 async fn start(config: &Config) -> Result<Daemon, StartError> {
@@ -496,7 +599,8 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     };
     // A port that is taken is found out before the directory is touched.
     let bound = bind_all(config, &options)?;
-    let birth = bootstrap::birth(config, plan, server_version()).await?;
+    let dialer = Dialer::clear(PEER_DIAL_TIMEOUT + Duration::from_millis(config.raft.election_ms));
+    let birth = bootstrap::birth(config, plan, &dialer, server_version()).await?;
     let snapshots = SnapDir::open(disk.clone(), &config.member.snap_dir())?;
     let mut found = read_directory(config, &disk, &snapshots, birth.as_ref())?;
     if config.cluster.force_new && plan == Plan::Restart {
@@ -537,10 +641,8 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         if birth.is_some() { "starting local member" } else { "restarting local member" }
     );
     show_identity(&shared, config);
-    let peers: Arc<dyn Peers> = Arc::new(Asker {
-        cluster_id: found.cluster_id,
-        timeout: PEER_DIAL_TIMEOUT + Duration::from_millis(config.raft.election_ms),
-    });
+    let peers: Arc<dyn Peers> =
+        Arc::new(Asker { cluster_id: found.cluster_id, dialer: dialer.clone() });
     if plan == Plan::Restart && config.gates.enabled(Gate::InitialCorruptCheck) {
         let timeout = config.raft.request_timeout();
         let checked = integrity::check_at_start(&shared, &*peers, timeout).await;
@@ -548,8 +650,17 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     }
     let mut running = Running { arbiters: Vec::new() };
     let peers_thread = running.arbiter("peers");
-    let Started { member, wal, door } =
-        running.start_actors(config, found, node, &shared, &exit, disk, snapshots, &peers_thread);
+    let Started { member, wal, door } = running.start_actors(
+        config,
+        found,
+        node,
+        &shared,
+        &exit,
+        &dialer,
+        disk,
+        snapshots,
+        &peers_thread,
+    );
 
     let services = Arc::new(Services::new(
         &member,
@@ -566,9 +677,9 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     let peer_workers = Workers::new(vec![peers_thread], PEER_CONNECTIONS_MAX);
     let listeners = bound
         .into_iter()
-        .map(|(what, url, bound)| {
+        .map(|(what, urls, bound, security)| {
             let served = served(what, config, &member, &services, &door, options.receive_max);
-            (what, url, bound, served)
+            Listener { what, urls, bound, security, served }
         })
         .collect();
     Ok(Daemon {
@@ -620,7 +731,7 @@ fn served(
             let gateway = Gateway::new(member, config.member.snap_dir(), receive_max);
             router = router.merge(gateway.router());
         }
-        ClientRules::new(hosts, origins, true, subject.clone()).guard(router)
+        ClientRules::new(hosts, origins, subject.clone()).guard(router)
     };
     let split = !config.listen.client_http_urls.is_empty();
     let only_http = |router: Router| Served { grpc: None, http: Some(router) };
@@ -660,6 +771,7 @@ impl Running {
         node: Node,
         shared: &Arc<Shared>,
         exit: &Exit,
+        dialer: &Dialer,
         disk: SharedDisk,
         snapshots: SnapDir,
         peers_thread: &ArbiterHandle,
@@ -684,6 +796,7 @@ impl Running {
             watch: watch_seat.addr(),
             compactor: compactor_seat.addr(),
             exit: exit.clone(),
+            dialer: dialer.clone(),
             limits: Limits {
                 request_bytes_max: config.limits.max_request_bytes as usize,
                 txn_ops_max: config.limits.max_txn_ops as usize,
@@ -721,6 +834,7 @@ impl Running {
                 cluster_id: shared.cluster_id,
                 local: shared.member_id,
                 own_urls: config.cluster.advertise_peer_urls.clone(),
+                dialer: dialer.clone(),
                 raft: RaftLink {
                     step: raft_addr.clone().recipient(),
                     unreachable: raft_addr.clone().recipient(),
@@ -739,10 +853,7 @@ impl Running {
                     snapshots.clone(),
                 ),
             },
-            network::Options {
-                dial_timeout: PEER_DIAL_TIMEOUT + election,
-                read_timeout: config.raft.read_timeout,
-            },
+            network::Options { read_timeout: config.raft.read_timeout },
         );
         let door = Arc::new(Door { net: net.clone(), network: network_seat.addr() });
         raft_seat
@@ -946,11 +1057,12 @@ impl Daemon {
         tracing::info!(took = ?started.elapsed(), "ready to serve client requests");
         notify_ready();
         for url in &self.config.listen.client_urls {
-            tracing::info!(
-                traffic = "grpc+http",
-                address = %socket_of(url),
+            let how = if url.scheme().is_tls() {
+                "serving client traffic securely"
+            } else {
                 "serving client traffic insecurely; this is strongly discouraged!"
-            );
+            };
+            tracing::info!(traffic = "grpc+http", address = %socket_of(url), "{how}");
         }
         // Nothing asks a monitor anything: it lives as long as the thread does.
         Monitor::new(
@@ -1032,7 +1144,8 @@ impl Daemon {
         stop: &watch::Sender<bool>,
         failures: &mpsc::UnboundedSender<std::io::Error>,
     ) {
-        for (what, url, bound, served) in self.listeners.extract_if(.., |(what, ..)| wanted(what)) {
+        for listener in self.listeners.extract_if(.., |listener| wanted(listener.what)) {
+            let Listener { what, urls, bound, security, served } = listener;
             let mut options = self.options;
             let workers = if what == "peer" {
                 // A stream takes more for as long as its buffers do: this finds a peer that has gone.
@@ -1046,9 +1159,12 @@ impl Daemon {
                 "metrics" => "serving metrics",
                 _ => "serving client traffic",
             };
-            tracing::info!(address = url.as_str(), "{serving}");
+            for url in &urls {
+                tracing::info!(address = url.as_str(), "{serving}");
+            }
+            let workers = workers.clone();
             let accepting =
-                listener::accept(bound, served, workers.clone(), options, stop.subscribe());
+                listener::accept(bound, served, security, workers, options, stop.subscribe());
             let failures = failures.clone();
             actix::spawn(async move {
                 if let Err(error) = accepting.await {

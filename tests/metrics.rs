@@ -308,7 +308,7 @@ fn serve(metrics: &'static Metrics) -> SocketAddr {
     let address = listener.local_addr().expect("a listener has an address");
     listener.set_nonblocking(true).expect("it can be set");
     let member = Arc::new(Healthy);
-    let rules = ClientRules::new(["127.0.0.1".to_owned()], [], true, member.clone());
+    let rules = ClientRules::new(["127.0.0.1".to_owned()], [], member.clone());
     let router = rules.guard(status::client_router(member, metrics));
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();

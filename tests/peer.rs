@@ -26,9 +26,11 @@ use quorate::core::types::{ClusterId, MemberId};
 use quorate::metrics::Metrics;
 use quorate::storage::snap_dir::SnapDir;
 use quorate::transport::listener::{self, Bound, Served, Workers};
+use quorate::transport::peer::client::Dialer;
 use quorate::transport::peer::network::{GetPeer, Links, Net, Network, Options, RaftLink};
 use quorate::transport::peer::server::{self, Door};
 use quorate::transport::peer::snapshot::{Export, Snapshots};
+use quorate::transport::socket::Security;
 use quorate_proto::etcdserverpb as pb;
 use quorate_proto::raftpb::{ConfState, Entry, Message as RaftMessage, Snapshot, SnapshotMetadata};
 use tempfile::TempDir;
@@ -40,8 +42,7 @@ use tonic::transport::{Channel, Endpoint};
 /// Within this long whatever a test waits for must have happened.
 const PATIENCE: Duration = Duration::from_secs(20);
 const CLUSTER: ClusterId = ClusterId(0xc1);
-const OPTIONS: Options =
-    Options { dial_timeout: Duration::from_secs(2), read_timeout: Duration::from_secs(5) };
+const OPTIONS: Options = Options { read_timeout: Duration::from_secs(5) };
 
 /// What raft is told.
 #[derive(Clone, PartialEq, Debug)]
@@ -181,6 +182,7 @@ impl Node {
             cluster_id: members.cluster_id,
             local: id,
             own_urls: vec![Url::parse(&url).unwrap()],
+            dialer: Dialer::clear(Duration::from_secs(2)),
             raft: RaftLink {
                 step: raft.clone().recipient(),
                 unreachable: raft.clone().recipient(),
@@ -214,8 +216,14 @@ impl Node {
             write_timeout: Some(options.read_timeout),
         };
         let stop = watch::Sender::new(false);
-        let accepting =
-            listener::accept(Bound::Tcp(listener), served, workers, options, stop.subscribe());
+        let accepting = listener::accept(
+            Bound::Tcp(listener),
+            served,
+            Security::Clear,
+            workers,
+            options,
+            stop.subscribe(),
+        );
         actix::spawn(async move { accepting.await.unwrap() });
         Node { id, url, network, liveness, told, exits, metrics, dir, _stop: stop, arbiter }
     }

@@ -14,6 +14,7 @@ use crate::config::{Config, Url};
 use crate::core::membership::{ChangeContext, Member, cluster_id, member_id};
 use crate::core::raft::confchange;
 use crate::core::types::MemberId;
+use crate::transport::peer::client::Dialer;
 
 /// How long one member has to say who the members are. A founder asks in vain as a rule, for the
 /// others start when it does.
@@ -78,14 +79,15 @@ pub fn birth(members: &BTreeMap<MemberId, Member>, own: MemberId) -> Birth {
 /// # Errors
 /// `SameId`, `ZeroId`; `AlreadyBootstrapped` if another member knows this one as one that has run: its
 /// data is lost, and with it votes and entries that it has confirmed. Nobody need answer.
-pub async fn found(config: &Config) -> Result<Birth, BootstrapError> {
+pub async fn found(config: &Config, dialer: &Dialer) -> Result<Birth, BootstrapError> {
     let members = founders(&config.cluster.initial, &config.cluster.token)?;
     let own = own(&members, &config.member.name);
     let others = others(&config.cluster.initial, &config.member.name);
     // All at once: founders that started together have ports that nobody answers at yet.
     let mut asking = JoinSet::new();
     for url in others {
-        asking.spawn(async move { remote::cluster(&[url], MEMBERS_TIMEOUT, false).await });
+        let dialer = dialer.within(MEMBERS_TIMEOUT);
+        asking.spawn(async move { remote::cluster(&dialer, &[url], false).await });
     }
     if asking.join_all().await.iter().flatten().any(|running| has_run(running, own)) {
         return Err(BootstrapError::AlreadyBootstrapped(own));

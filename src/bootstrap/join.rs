@@ -15,6 +15,7 @@ use crate::config::duration::GoDuration;
 use crate::config::{Config, Url};
 use crate::core::membership::Version;
 use crate::core::types::MemberId;
+use crate::transport::peer::client::Dialer;
 
 /// How long one member has to say who the members are.
 pub const MEMBERS_TIMEOUT: Duration = Duration::from_secs(10);
@@ -195,12 +196,14 @@ pub fn others(initial: &BTreeMap<String, Vec<Url>>, own: &str) -> Vec<Url> {
 /// [`BootstrapError`], with etcd's text.
 pub async fn join(
     config: &Config,
+    dialer: &Dialer,
     own_version: Version,
     lookup: &dyn Fn(&str) -> io::Result<IpAddr>,
 ) -> Result<Birth, BootstrapError> {
     let initial = &config.cluster.initial;
     let own_name = config.member.name.as_str();
-    let existing = remote::cluster(&others(initial, own_name), MEMBERS_TIMEOUT, true)
+    let others = others(initial, own_name);
+    let existing = remote::cluster(&dialer.within(MEMBERS_TIMEOUT), &others, true)
         .await
         .map_err(BootstrapError::NoCluster)?;
     let names = Names {
@@ -220,7 +223,7 @@ pub async fn join(
             (MemberId(member.id), urls.collect::<Result<_, _>>().expect("adopted by its URLs"))
         })
         .collect();
-    check_versions(&remotes, own_version, config.raft.request_timeout()).await?;
+    check_versions(&dialer.within(config.raft.request_timeout()), &remotes, own_version).await?;
     let learners = existing.members.iter().filter(|member| member.is_learner).count();
     if i64::try_from(learners).unwrap_or(i64::MAX) > config.cluster.max_learners {
         return Err(BootstrapError::TooManyLearners);
@@ -235,20 +238,21 @@ pub async fn join(
 }
 
 async fn check_versions(
+    dialer: &Dialer,
     remotes: &[(MemberId, Vec<Url>)],
     own: Version,
-    timeout: Duration,
 ) -> Result<(), BootstrapError> {
     let mut asking = JoinSet::new();
     for (id, urls) in remotes.iter().cloned() {
-        asking.spawn(async move { (id, remote::versions(id, &urls, timeout).await) });
+        let dialer = dialer.clone();
+        asking.spawn(async move { (id, remote::versions(&dialer, id, &urls).await) });
     }
     let mut told = asking.join_all().await;
     told.sort_by_key(|(id, _)| *id);
     // The answer is read through the log there, so that of one member will do.
     let mut downgrading = false;
     for (id, urls) in remotes {
-        if let Some(answer) = remote::downgrading(*id, urls, timeout).await {
+        if let Some(answer) = remote::downgrading(dialer, *id, urls).await {
             downgrading = answer;
             break;
         }

@@ -26,6 +26,7 @@ use crate::core::membership::Version;
 use crate::core::raft::confchange::ConfChangeError;
 use crate::core::types::{ClusterId, Index, MemberId};
 use crate::storage::wal_log::{WalError, WalLog, WalOptions};
+use crate::transport::peer::client::Dialer;
 
 /// How long, and how often, a host name of a first start is looked up (operations 2.3).
 pub const RESOLVE_PATIENCE: Duration = Duration::from_secs(30);
@@ -123,6 +124,7 @@ impl Birth {
 pub async fn birth(
     config: &Config,
     plan: Plan,
+    dialer: &Dialer,
     own_version: Version,
 ) -> Result<Option<Birth>, BootstrapError> {
     Ok(match plan {
@@ -130,8 +132,8 @@ pub async fn birth(
             log_ignored(config);
             None
         }
-        Plan::Found => Some(found::found(config).await?),
-        Plan::Join => Some(join::join(config, own_version, &resolve).await?),
+        Plan::Found => Some(found::found(config, dialer).await?),
+        Plan::Join => Some(join::join(config, dialer, own_version, &resolve).await?),
     })
 }
 

@@ -1,7 +1,6 @@
 //! What a member that does not run yet asks the other members, over their peer URLs.
 
 use std::fmt;
-use std::time::Duration;
 
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
@@ -52,17 +51,17 @@ pub enum AnswerError {
 }
 
 /// Asks the members behind `urls` one after the other who belongs to their cluster; the first good
-/// answer counts. `told` says whether the bad ones are logged.
+/// answer counts. An answer, and the connection, may take as long as `dialer` has patience. `told` says whether the bad ones are logged.
 ///
 /// # Errors
 /// [`RemoteError`].
 pub async fn cluster(
+    dialer: &Dialer,
     urls: &[Url],
-    timeout: Duration,
     told: bool,
 ) -> Result<RemoteCluster, RemoteError> {
     for url in urls {
-        match get(url, "/members", timeout).await.and_then(|answer| read_cluster(&answer)) {
+        match get(dialer, url, "/members").await.and_then(|answer| read_cluster(&answer)) {
             Ok(cluster) if cluster.members.is_empty() => return Err(RemoteError::NoMembers),
             Ok(cluster) => return Ok(cluster),
             Err(error) if told => tracing::warn!(
@@ -78,9 +77,9 @@ pub async fn cluster(
 
 /// Asks `path` of the member at `url`. Redirects are not followed: they are answers with a status
 /// that is not 200.
-async fn get(url: &Url, path: &str, timeout: Duration) -> Result<Response<Bytes>, AnswerError> {
+async fn get(dialer: &Dialer, url: &Url, path: &str) -> Result<Response<Bytes>, AnswerError> {
     let request = Request::get(path).body(Full::default()).expect("a path makes a request");
-    let answer = client::call(&Dialer { timeout }, url, request, timeout).await?;
+    let answer = client::call(dialer, url, request, dialer.timeout).await?;
     match answer.status() {
         StatusCode::OK => Ok(answer),
         other => Err(AnswerError::Status(other)),
@@ -117,8 +116,8 @@ pub struct Versions {
 }
 
 /// The versions at `member`; `None`, with a log line for each address, if it does not tell.
-pub async fn versions(id: MemberId, urls: &[Url], timeout: Duration) -> Option<Versions> {
-    ask(id, urls, "/version", timeout, "failed to get version", |body| {
+pub async fn versions(dialer: &Dialer, id: MemberId, urls: &[Url]) -> Option<Versions> {
+    ask(dialer, id, urls, "/version", "failed to get version", |body| {
         serde_json::from_slice(body).map_err(|error| AnswerError::Body(error.to_string()))
     })
     .await
@@ -126,9 +125,9 @@ pub async fn versions(id: MemberId, urls: &[Url], timeout: Duration) -> Option<V
 
 /// Whether `member` knows of a downgrade under way; `None`, with a log line for each address, if it
 /// does not tell.
-pub async fn downgrading(id: MemberId, urls: &[Url], timeout: Duration) -> Option<bool> {
+pub async fn downgrading(dialer: &Dialer, id: MemberId, urls: &[Url]) -> Option<bool> {
     let failed = "failed to get downgrade enabled status";
-    ask(id, urls, "/downgrade/enabled", timeout, failed, |body| match body {
+    ask(dialer, id, urls, "/downgrade/enabled", failed, |body| match body {
         b"true" => Ok(true),
         b"false" => Ok(false),
         other => Err(AnswerError::Body(format!(
@@ -140,15 +139,15 @@ pub async fn downgrading(id: MemberId, urls: &[Url], timeout: Duration) -> Optio
 }
 
 async fn ask<T>(
+    dialer: &Dialer,
     id: MemberId,
     urls: &[Url],
     path: &str,
-    timeout: Duration,
     failed: &str,
     read: impl Fn(&[u8]) -> Result<T, AnswerError>,
 ) -> Option<T> {
     for url in urls {
-        match get(url, path, timeout).await.and_then(|answer| read(answer.body())) {
+        match get(dialer, url, path).await.and_then(|answer| read(answer.body())) {
             Ok(answer) => return Some(answer),
             Err(error) => tracing::warn!(
                 address = %format_args!("{url}{path}"),

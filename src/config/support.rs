@@ -5,30 +5,9 @@ use super::Config;
 use super::error::ConfigError;
 use super::flags::{FILE_ONLY, FLAGS};
 use super::types::AuthToken;
-use super::url::Url;
 
 /// Flags that must be left at their default, and what they belong to.
 const AT_DEFAULT: &[(&str, &str)] = &[
-    ("cert-file", TLS),
-    ("key-file", TLS),
-    ("client-cert-file", TLS),
-    ("client-key-file", TLS),
-    ("client-cert-auth", TLS),
-    ("client-crl-file", TLS),
-    ("client-cert-allowed-hostname", TLS),
-    ("trusted-ca-file", TLS),
-    ("auto-tls", TLS),
-    ("peer-cert-file", TLS),
-    ("peer-key-file", TLS),
-    ("peer-client-cert-file", TLS),
-    ("peer-client-key-file", TLS),
-    ("peer-client-cert-auth", TLS),
-    ("peer-trusted-ca-file", TLS),
-    ("peer-cert-allowed-cn", TLS),
-    ("peer-cert-allowed-hostname", TLS),
-    ("peer-skip-client-san-verification", TLS),
-    ("peer-auto-tls", TLS),
-    ("peer-crl-file", TLS),
     ("discovery-token", DISCOVERY),
     ("discovery-endpoints", DISCOVERY),
     ("discovery-dial-timeout", DISCOVERY),
@@ -49,23 +28,11 @@ const AT_DEFAULT: &[(&str, &str)] = &[
     ("downgrade-check-time", "downgrades"),
 ];
 
-const TLS: &str = "TLS";
 const DISCOVERY: &str = "discovery";
 
 /// Settings of which only some values cannot be obeyed.
-const BY_VALUE: &[(&str, fn(&Config) -> bool, &str)] = &[
-    ("listen-peer-urls", |c| any_tls(&c.listen.peer_urls), "TLS"),
-    ("listen-client-urls", |c| any_tls(&c.listen.client_urls), "TLS"),
-    ("listen-client-http-urls", |c| any_tls(&c.listen.client_http_urls), "TLS"),
-    ("listen-metrics-urls", |c| any_tls(&c.listen.metrics_urls), "TLS"),
-    ("initial-advertise-peer-urls", |c| any_tls(&c.cluster.advertise_peer_urls), "TLS"),
-    ("advertise-client-urls", |c| any_tls(&c.cluster.advertise_client_urls), "TLS"),
-    ("auth-token", |c| matches!(c.auth.token, AuthToken::Jwt(_)), "jwt"),
-];
-
-fn any_tls(urls: &[Url]) -> bool {
-    urls.iter().any(|url| url.scheme().is_tls())
-}
+const BY_VALUE: &[(&str, fn(&Config) -> bool, &str)] =
+    &[("auth-token", |c| matches!(c.auth.token, AuthToken::Jwt(_)), "jwt")];
 
 /// Whether any value of this flag but the default is refused.
 pub fn refuses(flag: &str) -> bool {
@@ -84,7 +51,8 @@ pub(super) fn check(config: &Config) -> Result<(), ConfigError> {
             refused.push(format!("--{} ({what})", flag.name));
         }
     }
-    for only in FILE_ONLY {
+    // Those of discovery; the others are of TLS.
+    for only in FILE_ONLY.iter().filter(|only| only.key.starts_with("discovery-config.")) {
         if (only.slot)(&mut given).print() != (only.slot)(&mut default).print() {
             refused.push(only.key.to_owned());
         }
@@ -119,14 +87,14 @@ mod tests {
     #[test]
     fn all_that_is_missing_is_named() {
         let mut config = Config::default();
-        config.client_tls.cert_file = "c".into();
+        config.observe.pprof = true;
         config.discovery.srv = "d".to_owned();
         config.discovery.max_recv_bytes = 1;
-        config.listen.peer_urls = vec![Url::parse("https://h:1").unwrap()];
+        config.auth.token = AuthToken::Jwt(JwtOptions::default());
         assert_eq!(
             check(&config).unwrap_err().to_string(),
-            "not supported yet: --discovery-srv (discovery), --cert-file (TLS), \
-             discovery-config.client.max-recv-bytes, --listen-peer-urls (TLS)"
+            "not supported yet: --discovery-srv (discovery), --enable-pprof (profiling), \
+             discovery-config.client.max-recv-bytes, --auth-token (jwt)"
         );
     }
 }

@@ -364,6 +364,14 @@ catalogue! {
         "Committed entries that wait to be applied.";
     engine_info: GaugeVec = "quorate_engine_info", ["engine"], NONE,
         "1 for the storage engine in use.";
+    tls_certificate_expiry: GaugeVec = "quorate_tls_certificate_expiry_timestamp_seconds",
+        ["side", "use"], NONE,
+        "Unix time at which a certificate of this member ends; side is client or peer, use is server \
+         for the one shown to who connects, client for the one shown when dialling.";
+    tls_reloads: CounterVec = "quorate_tls_reloads_total", ["side", "file", "result"], NONE,
+        "Files of TLS that changed and were read again; result is done or failed.";
+    tls_handshakes: CounterVec = "quorate_tls_handshakes_total", ["side", "result"], NONE,
+        "TLS handshakes with who connected; result is done, failed or cut_off.";
 }
 
 impl Metrics {

@@ -29,15 +29,24 @@ use crate::transport::authority;
 pub struct Rules {
     /// Time to say which protocol is spoken.
     pub handshake: Duration,
-    /// The least time between two pings while a stream is open; `None` if pings are not counted.
-    pub ping_interval: Option<Duration>,
+    /// `None` if pings are not counted.
+    pub ping_interval: Option<PingInterval>,
+}
+
+/// The least time between two pings.
+#[derive(Clone, Copy, Debug)]
+pub struct PingInterval {
+    /// While a stream is open.
+    pub open: Duration,
+    /// While none is.
+    pub idle: Duration,
 }
 
 /// The least time between pings of a server that sets none (gRPC's own).
 pub const PING_INTERVAL_DEFAULT: Duration = Duration::from_secs(300);
 
 /// The least time between two pings without an open stream: nobody needs them then.
-const IDLE_PING_INTERVAL: Duration = Duration::from_secs(2 * 3600);
+pub const IDLE_PING_INTERVAL: Duration = Duration::from_secs(2 * 3600);
 /// Pings that come too early and are borne with.
 const STRIKES_MAX: u32 = 2;
 /// Time for a client that is sent away to read why, before the connection is cut.
@@ -184,7 +193,7 @@ struct Observed {
 impl Observed {
     /// Looks at bytes from the client; answers whether they break a rule. The last of them may be
     /// `held` afterwards: the next are the rest of those.
-    fn read(&mut self, mut bytes: &mut [u8], ping_interval: Option<Duration>) -> bool {
+    fn read(&mut self, mut bytes: &mut [u8], ping_interval: Option<PingInterval>) -> bool {
         if let Protocol::Unknown(seen) = self.protocol {
             let expected = &PREFACE[seen..];
             let take = expected.len().min(bytes.len());
@@ -219,7 +228,7 @@ impl Observed {
                     self.open.remove(&frame.stream);
                 }
                 PING if frame.flags & ACK == 0 => {
-                    let interval = if self.open.is_empty() { IDLE_PING_INTERVAL } else { interval };
+                    let interval = if self.open.is_empty() { interval.idle } else { interval.open };
                     broken |= self.pings.ping(Instant::now(), interval);
                 }
                 _ => {}
@@ -289,7 +298,7 @@ enum Leaving {
 /// A connection under [`Rules`].
 pub struct Guard<IO> {
     io: IO,
-    ping_interval: Option<Duration>,
+    ping_interval: Option<PingInterval>,
     observed: Observed,
     leaving: Leaving,
     /// When the connection is cut: while its protocol is unknown, and while it is leaving.
@@ -537,8 +546,13 @@ mod tests {
 
     use super::*;
 
-    const RULES: Rules =
-        Rules { handshake: Duration::from_millis(50), ping_interval: Some(Duration::from_secs(5)) };
+    const RULES: Rules = Rules {
+        handshake: Duration::from_millis(50),
+        ping_interval: Some(PingInterval {
+            open: Duration::from_secs(5),
+            idle: IDLE_PING_INTERVAL,
+        }),
+    };
 
     fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
         let mut frame = (payload.len() as u32).to_be_bytes()[1..].to_vec();

@@ -1,4 +1,5 @@
-//! One client port: gRPC over HTTP/2 and plain HTTP/1.1, told apart by a connection's first bytes.
+//! One client port: gRPC over HTTP/2 and plain HTTP/1.1, told apart by a connection's first bytes, in
+//! clear or over TLS.
 //!
 //! Connections are accepted on one thread and dealt out to the transport threads in turn. Each of
 //! those is a single-threaded runtime that serves its connections to the end, so a request never
@@ -17,7 +18,6 @@ use std::time::Duration;
 use actix::ArbiterHandle;
 use axum::Router;
 use axum::response::IntoResponse;
-use futures_util::future::Either as EitherFuture;
 use http::{HeaderValue, Request, Response, StatusCode, Version, header};
 use http_body_util::Either;
 use hyper::body::Incoming;
@@ -28,7 +28,6 @@ use quorate_proto::etcdserverpb as pb;
 use quorate_proto::health::health_server::HealthServer;
 use quorate_proto::v3electionpb::election_server::ElectionServer;
 use quorate_proto::v3lockpb::lock_server::LockServer;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tonic::Code;
 use tonic::codec::CompressionEncoding;
@@ -37,9 +36,14 @@ use tower::Service as _;
 
 use crate::config::{Scheme, Url};
 use crate::metrics::Method;
+use crate::transport::gateway::websocket::Kept;
 use crate::transport::grpc;
-use crate::transport::guard::{Guard, PING_INTERVAL_DEFAULT, Rules};
+use crate::transport::guard::{
+    Guard, IDLE_PING_INTERVAL, PING_INTERVAL_DEFAULT, PingInterval, Rules,
+};
+use crate::transport::identity::ClientCert;
 use crate::transport::member::Member;
+use crate::transport::socket::{Detached, Opened, Security};
 
 /// What the listeners of the client port need to know.
 #[derive(Clone, Copy, Debug)]
@@ -65,6 +69,9 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(300);
 /// Time that a client has to say which protocol it speaks: what gRPC's server gives for a connection
 /// to be set up. HTTP/1.1 heads have more, but their first bytes must come as soon.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(120);
+/// The least time between two pings of a client where HTTP is served over TLS too. etcd does not count
+/// them there, so clients may ping as they like; this only stops who does nothing else.
+const TLS_PING_INTERVAL: Duration = Duration::from_millis(100);
 /// Requests that a client may take back before they were looked at, a burst of cancelled calls, before
 /// it counts as an attack (rapid reset). The library's 20 are few for one that cancels all its watches.
 const RESETS_PENDING_MAX: usize = 200;
@@ -97,8 +104,6 @@ pub enum BindError {
         #[source]
         source: io::Error,
     },
-    #[error("listen {url}: {what}")]
-    Unusable { url: String, what: String },
 }
 
 /// Binds the socket of a URL. A stale unix socket is removed first.
@@ -108,18 +113,14 @@ pub enum BindError {
 pub fn bind(url: &Url, options: &Options) -> Result<Bound, BindError> {
     let failed = |source| BindError::Io { url: url.to_string(), source };
     match url.scheme() {
-        Scheme::Http => bind_tcp(url, options).map(Bound::Tcp),
-        Scheme::Unix => {
+        Scheme::Http | Scheme::Https => bind_tcp(url, options).map(Bound::Tcp),
+        Scheme::Unix | Scheme::Unixs => {
             let path = url.socket_path().expect("a unix URL has a path");
             remove_stale(&path).map_err(failed)?;
             let listener = std::os::unix::net::UnixListener::bind(&path).map_err(failed)?;
             listener.set_nonblocking(true).map_err(failed)?;
             Ok(Bound::Unix(listener, path))
         }
-        Scheme::Https | Scheme::Unixs => Err(BindError::Unusable {
-            url: url.to_string(),
-            what: "TLS is not supported yet".to_string(),
-        }),
     }
 }
 
@@ -342,9 +343,31 @@ fn in_etcds_words(response: Response<tonic::body::Body>) -> Response<tonic::body
     said.map_or(response, tonic::Status::into_http)
 }
 
+/// In the extensions of a request that came over TLS.
+#[derive(Clone, Copy, Debug)]
+pub struct OverTls;
+
 /// One connection's requests.
 #[derive(Clone)]
-struct Connection(Served);
+struct Connection {
+    served: Served,
+    tls: bool,
+    client: Option<ClientCert>,
+    /// For a connection that becomes something else than HTTP.
+    kept: Kept,
+}
+
+impl Connection {
+    /// Says in a request what is known of its connection.
+    fn mark(&self, request: &mut Request<Incoming>) {
+        if self.tls {
+            request.extensions_mut().insert(OverTls);
+        }
+        if let Some(client) = &self.client {
+            request.extensions_mut().insert(client.clone());
+        }
+    }
+}
 
 type Body = Either<tonic::body::Body, axum::body::Body>;
 
@@ -353,10 +376,14 @@ impl HyperService<Request<Incoming>> for Connection {
     type Error = Infallible;
     type Future = std::pin::Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>>>>;
 
-    fn call(&self, request: Request<Incoming>) -> Self::Future {
-        let Served { grpc, http } = &self.0;
+    fn call(&self, mut request: Request<Incoming>) -> Self::Future {
+        self.mark(&mut request);
+        let Served { grpc, http } = &self.served;
+        // Over TLS one server does both, as in etcd, and paths below /v3/ are always the gateway's.
+        let both = self.tls && http.is_some();
+        let for_http = both && (!is_grpc(&request) || request.uri().path().starts_with("/v3/"));
         match (grpc, http) {
-            (Some(services), _) if request.version() == Version::HTTP_2 => {
+            (Some(services), _) if request.version() == Version::HTTP_2 && !for_http => {
                 if !is_grpc(&request) {
                     return Box::pin(std::future::ready(Ok(not_grpc())));
                 }
@@ -364,6 +391,9 @@ impl HyperService<Request<Incoming>> for Connection {
                 Box::pin(async move { Ok(services.call(request).await.map(Either::Left)) })
             }
             (_, Some(router)) => {
+                if request.headers().contains_key(header::UPGRADE) {
+                    request.extensions_mut().insert(self.kept.clone());
+                }
                 let mut router = router.clone();
                 Box::pin(async move {
                     let response = match router.call(request).await {
@@ -428,21 +458,28 @@ impl Workers {
     }
 
     /// Serves `stream` on the next thread.
-    fn serve<S: Send + 'static, C: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+    fn serve(
         &self,
-        stream: S,
-        connect: impl FnOnce(S) -> io::Result<C> + Send + 'static,
+        socket: Detached,
         served: Served,
+        security: Security,
         options: Options,
         stop: watch::Receiver<bool>,
     ) {
-        let held = Held::new(&self.connections);
+        let held = Arc::new(Held::new(&self.connections));
         let thread = self.next.fetch_add(1, Ordering::Relaxed) % self.threads.len();
         self.threads[thread].spawn(async move {
             // A new local task: what it holds need not be able to change threads.
             actix::spawn(async move {
-                match connect(stream) {
-                    Ok(stream) => serve_connection(stream, served, options, stop).await,
+                match socket.attach() {
+                    Ok((socket, remote)) => {
+                        // Done here, so that nobody else's connection waits for it.
+                        let opened = security.open(socket, remote, HANDSHAKE_TIMEOUT);
+                        if let Some(opened) = unless_stopped(opened, stop.clone()).await {
+                            let kept = Kept(held.clone());
+                            serve_connection(opened, served, kept, options, stop).await;
+                        }
+                    }
                     Err(error) => tracing::debug!(%error, "lost a connection at once"),
                 }
                 drop(held);
@@ -467,10 +504,22 @@ impl Drop for Held {
     }
 }
 
+/// What `work` answers, or nothing once `stop` is true.
+async fn unless_stopped<T>(
+    work: impl Future<Output = Option<T>>,
+    mut stop: watch::Receiver<bool>,
+) -> Option<T> {
+    tokio::select! {
+        done = work => done,
+        _ = stop.wait_for(|stop| *stop) => None,
+    }
+}
+
 /// Accepts connections until `stop` turns true; then those being served are asked to end.
 pub async fn accept(
     bound: Bound,
     served: Served,
+    security: Security,
     workers: Workers,
     options: Options,
     mut stop: watch::Receiver<bool>,
@@ -494,16 +543,16 @@ pub async fn accept(
         let accepted = async {
             match &listener {
                 Listener::Tcp(listener) => {
-                    let (stream, _) = listener.accept().await?;
+                    let (stream, remote) = listener.accept().await?;
                     if let Err(error) = tune(&stream, options.write_timeout) {
                         // A client that has left already; serving it finds that out.
                         tracing::debug!(%error, "cannot set the options of a connection");
                     }
-                    Ok::<_, io::Error>(EitherFuture::Left(stream.into_std()?))
+                    Ok::<_, io::Error>(Detached::Tcp(stream.into_std()?, remote))
                 }
                 Listener::Unix(listener, _) => {
                     let (stream, _) = listener.accept().await?;
-                    Ok(EitherFuture::Right(stream.into_std()?))
+                    Ok(Detached::Unix(stream.into_std()?))
                 }
             }
         };
@@ -512,13 +561,9 @@ pub async fn accept(
             _ = stopping.wait_for(|stop| *stop) => break,
         };
         match accepted {
-            Ok(EitherFuture::Left(stream)) => {
-                let connect = tokio::net::TcpStream::from_std;
-                workers.serve(stream, connect, served.clone(), options, stop.clone());
-            }
-            Ok(EitherFuture::Right(stream)) => {
-                let connect = tokio::net::UnixStream::from_std;
-                workers.serve(stream, connect, served.clone(), options, stop.clone());
+            Ok(socket) => {
+                let (served, security) = (served.clone(), security.clone());
+                workers.serve(socket, served, security, options, stop.clone());
             }
             Err(error) if is_transient(&error) => {
                 tracing::warn!(%error, "failed to accept a connection");
@@ -576,9 +621,10 @@ fn is_transient(error: &io::Error) -> bool {
     )
 }
 
-async fn serve_connection<C: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
-    stream: C,
+async fn serve_connection(
+    opened: Opened,
     served: Served,
+    kept: Kept,
     options: Options,
     mut stop: watch::Receiver<bool>,
 ) {
@@ -602,13 +648,21 @@ async fn serve_connection<C: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
         Duration::ZERO => PING_INTERVAL_DEFAULT,
         set => set,
     };
+    let tls = opened.is_tls();
+    let ping_interval = if tls && served.http.is_some() {
+        PingInterval { open: TLS_PING_INTERVAL, idle: TLS_PING_INTERVAL }
+    } else {
+        PingInterval { open: ping_interval, idle: IDLE_PING_INTERVAL }
+    };
     let rules = Rules {
         handshake: HANDSHAKE_TIMEOUT,
         // gRPC's rules; plain HTTP has none.
         ping_interval: served.grpc.is_some().then_some(ping_interval),
     };
+    let Opened { stream, client } = opened;
     let stream = TokioIo::new(Guard::new(stream, &rules));
-    let connection = builder.serve_connection_with_upgrades(stream, Connection(served));
+    let connection =
+        builder.serve_connection_with_upgrades(stream, Connection { served, tls, client, kept });
     let mut connection = pin!(connection);
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,

@@ -29,6 +29,7 @@ use crate::core::quota::{self, Quota};
 use crate::core::reconfig::{self, Silence};
 use crate::core::types::{LeaseId, MemberId};
 use crate::metrics::{Metrics, RequestKind};
+use crate::transport::peer::client::Dialer;
 use quorate_proto::etcdserverpb as pb;
 use quorate_proto::raftpb;
 
@@ -73,6 +74,8 @@ pub struct Member {
     pub watch: Addr<WatchHub>,
     pub compactor: Addr<Compactor>,
     pub exit: Exit,
+    /// How other members are reached.
+    pub dialer: Dialer,
     pub limits: Limits,
     pub metrics: &'static Metrics,
     /// True when the member stops: streams end, new requests are refused.
@@ -477,6 +480,7 @@ pub(crate) mod tests {
             watch: seats.1.addr(),
             compactor: seats.2.addr(),
             exit: Exit::new().0,
+            dialer: Dialer::clear(Duration::from_secs(1)),
             limits: Limits {
                 request_bytes_max: 1000,
                 txn_ops_max: 128,

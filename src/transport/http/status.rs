@@ -27,6 +27,8 @@ use quorate_proto::etcdserverpb::AlarmType;
 
 use crate::core::types::MemberId;
 use crate::metrics::{Metrics, OpenFiles, resident_bytes};
+use crate::transport::identity::ClientCert;
+use crate::transport::listener::OverTls;
 
 /// What these pages need of the member that they describe.
 pub trait Member: Send + Sync {
@@ -360,32 +362,24 @@ async fn variables(State(Subject { member, .. }): State<Subject>, request: Reque
     page(StatusCode::OK, HeaderValue::from_static("application/json; charset=utf-8"), body)
 }
 
-/// The common name of a verified client certificate. A listener with TLS, client-cert-auth and the
-/// JSON gateway puts it into the extensions of each request.
-#[derive(Clone, Debug)]
-pub struct CommonName(pub String);
-
 /// What an HTTP request on a client port must pass, gRPC apart.
 pub struct ClientRules {
     hosts: BTreeSet<String>,
     origins: BTreeSet<String>,
-    plaintext: bool,
     member: Arc<dyn Member>,
 }
 
 impl ClientRules {
     /// `hosts` is host-whitelist and `origins` cors: an empty set, or one with `*`, allows all.
-    /// Hosts are only looked at where `plaintext` says that the listener has no TLS.
+    /// Hosts are only looked at in requests that are not [`OverTls`].
     pub fn new(
         hosts: impl IntoIterator<Item = String>,
         origins: impl IntoIterator<Item = String>,
-        plaintext: bool,
         member: Arc<dyn Member>,
     ) -> Self {
         ClientRules {
             hosts: hosts.into_iter().collect(),
             origins: origins.into_iter().collect(),
-            plaintext,
             member,
         }
     }
@@ -400,8 +394,8 @@ impl ClientRules {
             .layer(middleware::from_fn_with_state(Arc::new(self), pass))
     }
 
-    fn host_allowed(&self, host: &str) -> bool {
-        !self.plaintext || allows(&self.hosts, host)
+    fn host_allowed(&self, request: &Request, host: &str) -> bool {
+        request.extensions().get::<OverTls>().is_some() || allows(&self.hosts, host)
     }
 
     /// What Access-Control-Allow-Origin says to a request.
@@ -423,12 +417,12 @@ async fn pass(State(rules): State<Arc<ClientRules>>, mut request: Request, next:
         *request.uri_mut() = uri;
     }
     let host = host_of(&request);
-    if !rules.host_allowed(&host) {
+    if !rules.host_allowed(&request, &host) {
         tracing::warn!(host, "rejecting HTTP request from host that is not on the whitelist");
         return text_error(StatusCode::MISDIRECTED_REQUEST, &misdirected(&host));
     }
     if request.uri().path().starts_with("/v3/")
-        && request.extensions().get::<CommonName>().is_some_and(|name| !name.0.is_empty())
+        && request.extensions().get::<ClientCert>().is_some_and(|c| c.common_name.is_some())
         && rules.member.auth_enabled()
     {
         return text_error(
@@ -825,12 +819,12 @@ mod tests {
         assert!(object["memstats"]["Sys"].as_u64().expect("a number") > 0);
     }
 
-    fn guarded(hosts: &[&str], origins: &[&str], plaintext: bool, auth: bool) -> Router {
+    fn guarded(hosts: &[&str], origins: &[&str], auth: bool) -> Router {
         let member: Arc<dyn Member> = Arc::new(Fake { auth, ..Fake::default() });
         let owned = |set: &[&str]| set.iter().map(|s| (*s).to_owned()).collect::<Vec<_>>();
         let echo = any(|uri: Uri| async move { uri.to_string() });
         let router = client_router(member.clone(), leaked()).route("/v3/{*rest}", echo);
-        ClientRules::new(owned(hosts), owned(origins), plaintext, member).guard(router)
+        ClientRules::new(owned(hosts), owned(origins), member).guard(router)
     }
 
     #[tokio::test]
@@ -847,8 +841,12 @@ mod tests {
             (&[], "evil.example", true, 200),
         ];
         for (hosts, host, plaintext, status) in cases {
-            let router = guarded(hosts, &[], plaintext, false);
-            let answer = send(router, Request::get("/version").header("host", host)).await;
+            let router = guarded(hosts, &[], false);
+            let mut request = Request::get("/version").header("host", host);
+            if !plaintext {
+                request = request.extension(OverTls);
+            }
+            let answer = send(router, request).await;
             assert_eq!(answer.status, status, "{host} of {hosts:?}");
             if status == 421 {
                 assert_eq!(answer.header("content-type"), TEXT);
@@ -856,7 +854,7 @@ mod tests {
             }
         }
         // HTTP/2 and a request in absolute form name the host in the address; without any, none is.
-        let router = guarded(&["a.example"], &[], true, false);
+        let router = guarded(&["a.example"], &[], false);
         let request = Request::get("http://a.example:80/version").header("host", "evil.example");
         assert_eq!(send(router.clone(), request).await.status, 200);
         assert_eq!(send(router, Request::get("/version")).await.status, 421);
@@ -877,7 +875,7 @@ mod tests {
                 if let Some(origin) = origin {
                     request = request.header("origin", origin);
                 }
-                let answer = send(guarded(&[], origins, true, false), request).await;
+                let answer = send(guarded(&[], origins, false), request).await;
                 assert_eq!(answer.status, 200);
                 assert_eq!(answer.body.is_empty(), method == "OPTIONS");
                 assert_eq!(answer.header("access-control-allow-origin"), allowed, "{origins:?}");
@@ -894,7 +892,7 @@ mod tests {
     #[tokio::test]
     async fn options_are_answered_even_for_unknown_paths() {
         let request = Request::builder().method("OPTIONS").uri("/nope");
-        let answer = send(guarded(&[], &[], true, false), request).await;
+        let answer = send(guarded(&[], &[], false), request).await;
         assert_eq!((answer.status, answer.text()), (200, ""));
     }
 
@@ -905,13 +903,10 @@ mod tests {
             ("/v3beta/v3beta/x", "/v3/v3beta/x"),
             ("/v3/kv/put", "/v3/kv/put"),
         ] {
-            assert_eq!(
-                send(guarded(&[], &[], true, false), Request::post(path)).await.text(),
-                seen
-            );
+            assert_eq!(send(guarded(&[], &[], false), Request::post(path)).await.text(), seen);
         }
         for path in ["/v3alpha/kv/range", "/v3beta"] {
-            let answer = send(guarded(&[], &[], true, false), Request::post(path)).await;
+            let answer = send(guarded(&[], &[], false), Request::post(path)).await;
             assert_eq!(answer.status, 404, "{path}");
         }
     }
@@ -926,8 +921,10 @@ mod tests {
             (false, "/v3/kv/range", "root", 200),
         ];
         for (auth, path, name, status) in cases {
-            let request = Request::get(path).extension(CommonName(name.into()));
-            let answer = send(guarded(&[], &[], false, auth), request).await;
+            let common_name = Some(name.to_owned()).filter(|name| !name.is_empty());
+            let request =
+                Request::get(path).extension(OverTls).extension(ClientCert { common_name });
+            let answer = send(guarded(&[], &[], auth), request).await;
             assert_eq!(answer.status, status, "{path} by {name:?}, auth {auth}");
             if status == 400 {
                 assert!(answer.text().starts_with("CommonName of client sending a request"));

@@ -22,14 +22,24 @@ pub trait Connection: AsyncRead + AsyncWrite + Unpin + Send {}
 
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Connection for T {}
 
-/// Makes connections to peer URLs. The one place that will know how to speak TLS to them.
-#[derive(Clone, Copy, Debug)]
+/// Makes connections to peer URLs.
+#[derive(Clone, Debug)]
 pub struct Dialer {
     /// Within which a connection has to stand.
     pub timeout: Duration,
 }
 
 impl Dialer {
+    /// Without TLS.
+    pub fn clear(timeout: Duration) -> Self {
+        Dialer { timeout }
+    }
+
+    /// The same with another patience.
+    pub fn within(&self, timeout: Duration) -> Self {
+        Dialer { timeout }
+    }
+
     /// Connects to `url`.
     ///
     /// # Errors
@@ -159,7 +169,7 @@ mod tests {
 
     use super::*;
 
-    const DIALER: Dialer = Dialer { timeout: Duration::from_secs(5) };
+    const PATIENCE: Duration = Duration::from_secs(5);
 
     fn get(path: &str) -> Request<Full<Bytes>> {
         Request::get(path).body(Full::default()).unwrap()
@@ -180,14 +190,17 @@ mod tests {
             let second = listener.accept().await.unwrap();
             (String::from_utf8_lossy(&asked[..n]).into_owned(), second)
         });
-        let answer = call(&DIALER, &url, get("/version"), Duration::from_secs(5)).await.unwrap();
+        let answer = call(&Dialer::clear(PATIENCE), &url, get("/version"), Duration::from_secs(5))
+            .await
+            .unwrap();
         assert_eq!((answer.status().as_u16(), &answer.body()[..]), (418, &b"hello"[..]));
-        let silent = call(&DIALER, &url, get("/"), Duration::from_millis(20)).await;
+        let silent =
+            call(&Dialer::clear(PATIENCE), &url, get("/"), Duration::from_millis(20)).await;
         assert!(matches!(silent, Err(CallError::TimedOut { .. })));
         let (asked, _second) = serving.await.unwrap();
         assert!(asked.starts_with("GET /version HTTP/1.1\r\n"), "{asked}");
         assert!(asked.contains(&format!("host: 127.0.0.1:{port}\r\n")), "{asked}");
-        let closed = call(&DIALER, &url, get("/"), Duration::from_secs(5)).await;
+        let closed = call(&Dialer::clear(PATIENCE), &url, get("/"), Duration::from_secs(5)).await;
         assert!(matches!(closed, Err(CallError::Connect { .. })));
     }
 }

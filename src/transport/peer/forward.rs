@@ -136,10 +136,6 @@ impl From<NoAnswer> for tonic::Status {
 }
 
 impl Member {
-    fn dialer(&self) -> Dialer {
-        Dialer { timeout: Duration::from_secs(1) + self.limits.election }
-    }
-
     /// The leader and where it is reached; waits until there is one.
     async fn leader_urls(&self, deadline: Instant) -> Result<(MemberId, Vec<Url>), NoAnswer> {
         loop {
@@ -242,13 +238,13 @@ impl Member {
                     }
                 }
             }
-            let dialer = self.dialer();
+            let dialer = &self.dialer;
             let body: Bytes = pb::LeaseKeepAliveRequest { id: id.0 }.encode_to_vec().into();
             let renewed =
                 self.ask_leader(deadline, |url| {
                     let body = body.clone();
                     async move {
-                        answered(&url, post(&dialer, &url, "/leases", body).await, renewal(id))
+                        answered(&url, post(dialer, &url, "/leases", body).await, renewal(id))
                     }
                 });
             if let Some(ttl) = renewed.await? {
@@ -287,14 +283,14 @@ impl Member {
                     }
                 }
             }
-            let dialer = self.dialer();
+            let dialer = &self.dialer;
             let wrapped =
                 leasepb::LeaseInternalRequest { lease_time_to_live_request: Some(request) };
             let body: Bytes = wrapped.encode_to_vec().into();
             let asked = self.ask_leader(deadline, |url| {
                 let body = body.clone();
                 async move {
-                    let answer = post(&dialer, &url, "/leases/internal", body).await;
+                    let answer = post(dialer, &url, "/leases/internal", body).await;
                     answered(&url, answer, time_left(request.id))
                 }
             });
@@ -382,7 +378,7 @@ fn time_left(id: i64) -> impl FnOnce(Option<Bytes>) -> Option<Option<pb::LeaseTi
 /// # Errors
 /// `NotFound`, `NotLearner`, `NotReady` as the leader says; `NoLeader`; `TimedOut`.
 pub async fn promote(member: &Arc<Member>, id: MemberId) -> Result<Vec<Record>, ChangeError> {
-    let (deadline, dialer) = (member.deadline(), member.dialer());
+    let (deadline, dialer) = (member.deadline(), &member.dialer);
     let path = format!("/members/promote/{}", id.0);
     let asked = member.ask_leader(deadline, |url| {
         let path = path.clone();
@@ -390,7 +386,7 @@ pub async fn promote(member: &Arc<Member>, id: MemberId) -> Result<Vec<Record>, 
             let request = Request::post(path).body(Full::default());
             let request = request.expect("a path of digits makes a request");
             let left = deadline.saturating_duration_since(Instant::now());
-            promotion(&url, client::call(&dialer, &url, request, left).await)
+            promotion(&url, client::call(dialer, &url, request, left).await)
         }
     });
     match asked.await {
@@ -566,6 +562,7 @@ mod tests {
     use crate::core::types::{ClusterId, Term};
     use crate::transport::listener::{self, Bound, Served, Workers, accept};
     use crate::transport::member::tests::{Silent, silent_over};
+    use crate::transport::socket::Security;
 
     const LEASE: LeaseId = LeaseId(7);
     const PATIENCE: Duration = Duration::from_secs(30);
@@ -618,7 +615,8 @@ mod tests {
         let stop = watch::Sender::new(false);
         let served = Served { grpc: None, http: Some(router(member)) };
         let bound = Bound::Tcp(listener);
-        let accepting = accept(bound, served, workers.clone(), options, stop.subscribe());
+        let accepting =
+            accept(bound, served, Security::Clear, workers.clone(), options, stop.subscribe());
         actix::spawn(async move { accepting.await.expect("a listener on the loopback accepts") });
         Leader { workers, _stop: stop, _raft: raft }
     }
@@ -704,7 +702,7 @@ mod tests {
     async fn said(url: &str, method: Method, path: &str, body: Vec<u8>) -> (u16, String) {
         let request = Request::builder().method(method).uri(path);
         let request = request.body(Full::from(body)).unwrap();
-        let dialer = Dialer { timeout: PATIENCE };
+        let dialer = Dialer::clear(PATIENCE);
         let url = Url::parse(url).unwrap();
         let answer = client::call(&dialer, &url, request, PATIENCE).await.unwrap();
         let text = String::from_utf8_lossy(answer.body()).into_owned();

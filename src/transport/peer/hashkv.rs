@@ -2,7 +2,7 @@
 //! 6.1, operations 3.3).
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::Router;
 use axum::body::Body;
@@ -137,18 +137,18 @@ async fn answer(member: Arc<Member>, own: &HeaderValue, request: Request<Body>) 
 /// Asks members by their peer URLs.
 pub struct Asker {
     pub cluster_id: ClusterId,
-    /// For each address.
-    pub timeout: Duration,
+    /// Its patience is for each address.
+    pub dialer: Dialer,
 }
 
 impl Peers for Asker {
     fn hash(&self, peer: &Record, revision: i64) -> BoxFuture<'static, Result<Hashed, NoHash>> {
-        let Asker { cluster_id, timeout } = *self;
+        let (cluster_id, dialer) = (self.cluster_id, self.dialer.clone());
         let (id, urls) = (MemberId(peer.id), urls(peer));
         Box::pin(async move {
             let mut last = NoHash::Unreachable("it has no peer URL".to_string());
             for url in urls {
-                match ask(&url, cluster_id, revision, timeout).await {
+                match ask(&dialer, &url, cluster_id, revision).await {
                     Err(error) => {
                         tracing::warn!(
                             "requested-revision" = revision,
@@ -167,9 +167,9 @@ impl Peers for Asker {
     }
 
     fn version(&self, peer: &Record) -> BoxFuture<'static, Option<Version>> {
-        let (id, urls, timeout) = (MemberId(peer.id), urls(peer), self.timeout);
+        let (id, urls, dialer) = (MemberId(peer.id), urls(peer), self.dialer.clone());
         Box::pin(async move {
-            let told = remote::versions(id, &urls, timeout).await?;
+            let told = remote::versions(&dialer, id, &urls).await?;
             let version = Version::parse(&told.server);
             if version.is_none() {
                 tracing::warn!(
@@ -189,10 +189,10 @@ fn urls(peer: &Record) -> Vec<Url> {
 }
 
 async fn ask(
+    dialer: &Dialer,
     url: &Url,
     cluster_id: ClusterId,
     revision: i64,
-    timeout: Duration,
 ) -> Result<Hashed, NoHash> {
     let question = serde_json::to_vec(&Question { revision }).expect("a number is always JSON");
     let request = Request::get(PATH)
@@ -200,7 +200,7 @@ async fn ask(
         .header(CLUSTER_ID, cluster_id.to_string())
         .body(Full::new(Bytes::from(question)))
         .expect("a path makes a request");
-    let answer = client::call(&Dialer { timeout }, url, request, timeout)
+    let answer = client::call(dialer, url, request, dialer.timeout)
         .await
         .map_err(|error| NoHash::Unreachable(full(&error).to_string()))?;
     read_answer(answer.status(), answer.body(), revision)

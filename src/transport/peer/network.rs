@@ -42,8 +42,6 @@ const RETRY_FULL: Duration = Duration::from_millis(1);
 /// How the network behaves.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// Within which a connection has to stand: a second and an election timeout.
-    pub dial_timeout: Duration,
     /// A stream that is silent for this long is dialled again; three link heartbeats are sent in it.
     pub read_timeout: Duration,
 }
@@ -117,6 +115,7 @@ pub struct Links {
     pub local: MemberId,
     /// As the others are told.
     pub own_urls: Vec<Url>,
+    pub dialer: Dialer,
     pub raft: RaftLink,
     pub liveness: Arc<Liveness>,
     pub exit: Exit,
@@ -145,7 +144,7 @@ impl Net {
             cluster_id: links.cluster_id,
             local: links.local,
             options,
-            dialer: Dialer { timeout: options.dial_timeout },
+            dialer: links.dialer,
             raft: links.raft,
             liveness: links.liveness,
             exit: links.exit,
