@@ -89,4 +89,6 @@ mod generated {
 }
 
 #[cfg(test)]
+mod random;
+#[cfg(test)]
 mod tests;
