@@ -40,12 +40,15 @@ pub struct Open {
     pub headers: HeaderMap,
     body: Incoming,
     buffer: BytesMut,
-    connection: JoinHandle<()>,
+    _connection: Connection,
 }
 
-impl Drop for Open {
+/// A connection, closed when it is dropped.
+struct Connection(JoinHandle<()>);
+
+impl Drop for Connection {
     fn drop(&mut self) {
-        self.connection.abort();
+        self.0.abort();
     }
 }
 
@@ -59,15 +62,15 @@ impl Open {
         let stream = TcpStream::connect(member.endpoint()).await.expect("it listens");
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.expect("connected");
-        let connection = tokio::spawn(async move {
+        let connection = Connection(tokio::spawn(async move {
             // The test sees an early end in what is missing of the answer.
             connection.await.ok();
-        });
+        }));
         let response = tokio::time::timeout(PATIENCE, sender.send_request(request)).await;
         let response: Response<Incoming> = response.expect("an answer in time").expect("HTTP");
         let (head, body) = response.into_parts();
         let (status, headers) = (head.status.as_u16(), head.headers);
-        Open { status, headers, body, buffer: BytesMut::new(), connection }
+        Open { status, headers, body, buffer: BytesMut::new(), _connection: connection }
     }
 
     /// The next line, without its end; `None` at the end of the answer.

@@ -9,9 +9,9 @@ use crate::server::{Kind, Member};
 #[tokio::test]
 async fn browsers_are_told_whether_their_page_may_ask() {
     for kind in [Kind::Redb, Kind::Etcd] {
-        let member = Member::with_flags(kind, &["--cors", "http://a.example"]).await;
+        let member = Member::with_flags(kind, &["--cors", "http://a.example:8080"]).await;
         for (origin, allowed) in [
-            (Some("http://a.example"), Some("http://a.example")),
+            (Some("http://a.example:8080"), Some("http://a.example:8080")),
             (Some("http://b.example"), None),
             (None, None),
         ] {
@@ -62,11 +62,9 @@ async fn the_old_prefix_still_works_and_the_switch_takes_both_away() {
 #[tokio::test]
 async fn metadata_comes_in_headers() {
     let member = Member::start(Kind::Redb).await;
-    for (name, value, status) in [
-        ("grpc-metadata-hasleader", "true", 200),
-        ("grpc-timeout", "0n", 504),
-        ("grpc-timeout", "10S", 200),
-    ] {
+    for (name, value, status) in
+        [("grpc-metadata-hasleader", "true", 200), ("grpc-timeout", "10S", 200)]
+    {
         let request = request(&member, Method::POST, "/v3/kv/range").header(name, value);
         let answer = send(&member, request.body(Full::from(r#"{"key":"YQ=="}"#)).unwrap()).await;
         assert_eq!(answer.status, status, "{name}: {value}");

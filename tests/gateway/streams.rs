@@ -106,13 +106,54 @@ async fn a_member_forgets_a_watch_whose_client_has_left() {
     let ended = open_whole(&member, "/v3/watch", CREATE_A).await;
     let (sender, goes_on) = open(&member, "/v3/watch", CREATE_A).await;
     let broken = open_whole(&member, "/v3/watch", &format!("{CREATE_A}x{CREATE_A}")).await;
-    assert_eq!(watchers().await, 3.0);
+    // The page tells what was counted a moment before.
+    let counted = async |expected: f64| {
+        let deadline = std::time::Instant::now() + PATIENCE;
+        loop {
+            let found = watchers().await;
+            if found == expected {
+                return;
+            }
+            let late = std::time::Instant::now() > deadline;
+            assert!(!late, "{found} watchers, not {expected}");
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    counted(3.0).await;
     drop((ended, goes_on, broken, sender));
-    let deadline = std::time::Instant::now() + PATIENCE;
-    while watchers().await > 0.0 {
-        assert!(std::time::Instant::now() < deadline, "watchers are still there");
-        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    counted(0.0).await;
+}
+
+#[tokio::test]
+async fn one_who_leaves_a_queue_for_a_lock_is_no_longer_in_it() {
+    let member = Member::start(Kind::Redb).await;
+    post(&member, "/v3/lease/grant", r#"{"TTL":100,"ID":9}"#).await;
+    post(&member, "/v3/lock/lock", r#"{"name":"bQ==","lease":9}"#).await;
+    let queue = r#"{"key":"bS8=","range_end":"bTA=","count_only":true}"#;
+    let waiting = async |expected: &str| {
+        let deadline = std::time::Instant::now() + PATIENCE;
+        loop {
+            let found = post(&member, "/v3/kv/range", queue).await.json();
+            if found["count"] == expected {
+                return;
+            }
+            let late = std::time::Instant::now() > deadline;
+            assert!(!late, "in the queue: {found}, not {expected}");
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    waiting("1").await;
+    // Its request has not ended when it leaves.
+    let (sender, parts) = mpsc::unbounded_channel();
+    sender.send(r#"{"name":"bQ=="}"#.into()).unwrap();
+    let request = request(&member, Method::POST, "/v3/lock/lock").body(Parts(parts)).unwrap();
+    let mut lock = Box::pin(Open::send(&member, request));
+    tokio::select! {
+        _ = &mut lock => panic!("the lock is taken"),
+        () = waiting("2") => {}
     }
+    drop(lock);
+    waiting("1").await;
 }
 
 #[tokio::test]
@@ -180,6 +221,12 @@ async fn streams_that_fail_say_so_by_status_or_in_their_last_line() {
     assert_eq!(bare(watch.next().await)["result"]["created"], true);
     assert_eq!(watch.line().await.as_deref(), Some(expected));
     assert_eq!(watch.line().await, None);
+    // A single call that waits, for a lock that another has, waits no longer either.
+    post(&member, "/v3/lease/grant", r#"{"TTL":100,"ID":9}"#).await;
+    post(&member, "/v3/lock/lock", r#"{"name":"bQ==","lease":9}"#).await;
+    let waiting = with_deadline("/v3/lock/lock", "100m", r#"{"name":"bQ=="}"#);
+    let text = "context deadline exceeded".to_owned();
+    assert_eq!(refusal(&send(&member, waiting).await), (504, 4, text));
     let malformed = send(&member, with_deadline("/v3/kv/range", "soon", "{}")).await;
     assert_eq!(refusal(&malformed), (400, 3, "invalid grpc-timeout: soon".to_owned()));
 }

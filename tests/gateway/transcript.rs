@@ -98,8 +98,7 @@ fn mask(value: &mut Value, own: &[&str]) {
             for (name, value) in fields {
                 let masked = ["cluster_id", "member_id", "raft_term"].contains(&name.as_str())
                     || own.contains(&name.as_str());
-                if masked && !value.is_array() && !value.is_object() {
-                    assert!(!value.is_null());
+                if masked {
                     *value = json!("its own");
                 } else {
                     mask(value, own);
@@ -111,7 +110,8 @@ fn mask(value: &mut Value, own: &[&str]) {
     }
 }
 
-/// Status and masked body. An error of the older gateway says its text twice.
+/// Status and masked body. The older gateway says the text of an error twice, and has 412 for a failed
+/// precondition, for which the newer has 400 (v3-api 8.3).
 fn seen(answer: &Answer, own: &[&str]) -> Value {
     assert_eq!(answer.header("content-type"), Some("application/json"), "{answer:?}");
     let mut body = answer.json();
@@ -121,7 +121,11 @@ fn seen(answer: &Answer, own: &[&str]) -> Value {
     {
         fields.remove("error");
     }
-    json!([answer.status, body])
+    let status = match answer.status {
+        412 if body["code"] == 9 => 400,
+        status => status,
+    };
+    json!([status, body])
 }
 
 /// Runs the steps against both servers.
@@ -136,6 +140,7 @@ async fn compare(steps: Vec<Step>, ours: &Member, etcd: &Member) -> BTreeSet<&'s
         if we.status == 200 {
             assert_eq!(we.header("grpc-metadata-content-type"), Some("application/grpc"), "{path}");
         }
+        assert_ne!(we.status, 412, "{path} {body}");
         let answer = seen(&we, own);
         let expectation = match expected {
             Same => seen(&they, own),
@@ -169,7 +174,6 @@ fn b(text: &str) -> String {
 
 fn keys_and_values() -> Vec<Step> {
     let put = |key: &str, value: &str| json!({"request_put": {"key": b(key), "value": b(value)}});
-    let own = &["its"][..];
     vec![
         step("kv/put", json!({"key": b("a"), "value": b("1")})),
         step("kv/put", json!({"key": b("a"), "value": b("2"), "prev_kv": true})),
@@ -223,9 +227,6 @@ fn keys_and_values() -> Vec<Step> {
         step("kv/compaction", json!({"revision": "1000"})),
         step("kv/range", json!({"key": b("a"), "revision": "2"})),
     ]
-    .into_iter()
-    .map(|step| step.own(own))
-    .collect()
 }
 
 fn leases() -> Vec<Step> {
@@ -249,20 +250,16 @@ fn leases() -> Vec<Step> {
 }
 
 fn cluster() -> Vec<Step> {
-    let own = &["ID"][..];
-    // 3.4 leaves out the term as well: its headers of these replies are made another way.
+    const MEMBER: &[&str] = &["ID", "clientURLs", "peerURLs"];
     vec![
-        step("cluster/member/list", json!({})).own(&["ID", "name"]),
-        step("cluster/member/list", json!({"linearizable": true})).own(&["ID", "name"]),
+        step("cluster/member/list", json!({})).own(MEMBER),
+        step("cluster/member/list", json!({"linearizable": true})).own(MEMBER),
         step("cluster/member/add", json!({"peerURLs": ["foo"]})),
         step("cluster/member/add", json!({})),
         step("cluster/member/remove", json!({"ID": "1"})),
         step("cluster/member/update", json!({"ID": 1, "peerURLs": ["http://127.0.0.1:1"]})),
         step("cluster/member/promote", json!({"ID": "1"})),
     ]
-    .into_iter()
-    .map(|step| if step.own.is_empty() { step.own(own) } else { step })
-    .collect()
 }
 
 fn maintenance() -> Vec<Step> {

@@ -7,6 +7,7 @@ use std::task::{Context, Poll, ready};
 
 use axum::body::Body;
 use bytes::{BufMut, Bytes, BytesMut};
+use http_body_util::BodyExt;
 use hyper::body::{Body as HttpBody, Frame};
 use prost::Message;
 use quorate_proto::json::{self, Json, Scanner};
@@ -18,6 +19,9 @@ use super::too_large;
 /// Bytes of JSON that a byte of a message may take: base64 makes four of three, and a value is most of
 /// a request that is near its limit.
 const BYTES_PER_BYTE: usize = 2;
+
+/// Bytes that are read for nothing. Whoever sends more is disconnected once the call has ended.
+const DISCARDED_MAX: usize = 1 << 20;
 
 /// JSON values that follow each other in a body.
 pub struct Values {
@@ -50,6 +54,24 @@ impl Values {
     /// What is wrong with it. Nothing that comes after it is read.
     pub async fn next<T: Json>(&mut self) -> Result<Option<T>, Status> {
         poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    /// Goes on reading what is of no more interest. As long as somebody reads, the end of the connection
+    /// is noticed, and the call ends that nobody waits for.
+    pub fn discard(self) {
+        let mut body = self.body;
+        if body.is_end_stream() {
+            return;
+        }
+        actix::spawn(async move {
+            let mut left = DISCARDED_MAX;
+            while let Some(Ok(frame)) = body.frame().await {
+                left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+                if left == 0 {
+                    return;
+                }
+            }
+        });
     }
 
     fn poll_next<T: Json>(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<T>, Status>> {
@@ -119,14 +141,15 @@ fn refused(error: json::Error) -> Status {
 /// The values of a body as gRPC frames messages of type `T`.
 pub struct Framed<T> {
     first: Option<T>,
-    values: Values,
+    /// `None` once they have ended.
+    values: Option<Values>,
 }
 
 impl<T: Json + Message + 'static> Framed<T> {
     /// The messages, for a service: `first` and those that follow it. One that cannot be read ends
     /// them, as the end of the body does: the service answers what came before it.
     pub fn stream(first: Option<T>, values: Values, receive_max: usize) -> Streaming<T> {
-        let framed = Framed { first, values };
+        let framed = Framed { first, values: Some(values) };
         Streaming::new_request(Unframed(PhantomData), framed, None, Some(receive_max))
     }
 }
@@ -142,17 +165,21 @@ impl<T: Json + Message> HttpBody for Framed<T> {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        let next = match self.first.take() {
-            Some(first) => Ok(Some(first)),
-            None => ready!(self.values.poll_next::<T>(cx)),
-        };
-        let message = match next {
-            Ok(Some(message)) => message,
-            Ok(None) => return Poll::Ready(None),
-            Err(error) => {
-                tracing::debug!(%error, "cannot read a request of a JSON stream");
-                return Poll::Ready(None);
-            }
+        let message = match (self.first.take(), &mut self.values) {
+            (Some(first), _) => first,
+            (None, Some(values)) => match ready!(values.poll_next::<T>(cx)) {
+                Ok(Some(message)) => message,
+                end => {
+                    if let Err(error) = end {
+                        tracing::debug!(%error, "cannot read a request of a JSON stream");
+                    }
+                    if let Some(values) = self.values.take() {
+                        values.discard();
+                    }
+                    return Poll::Ready(None);
+                }
+            },
+            (None, None) => return Poll::Ready(None),
         };
         let bytes = message.encoded_len();
         let Ok(length) = u32::try_from(bytes) else {

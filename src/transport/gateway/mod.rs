@@ -101,6 +101,7 @@ impl Call {
     /// The request of a method that takes one. Nothing at all is the empty message.
     async fn single<T: Json + Message>(mut self) -> Result<tonic::Request<T>, Status> {
         let message: T = self.body.next().await?.unwrap_or_default();
+        self.body.discard();
         let bytes = message.encoded_len();
         if bytes > self.receive_max {
             return Err(too_large(bytes, self.receive_max));
