@@ -11,10 +11,12 @@ use http_body_util::BodyExt;
 use hyper::body::{Body as HttpBody, Frame};
 use prost::Message;
 use quorate_proto::json::{self, Json, Scanner};
+use tokio::sync::oneshot;
 use tonic::codec::{DecodeBuf, Decoder};
 use tonic::{Status, Streaming};
 
 use super::too_large;
+use crate::transport::status;
 
 /// Bytes of JSON that a byte of a message may take: base64 makes four of three, and a value is most of
 /// a request that is near its limit.
@@ -33,6 +35,37 @@ pub struct Values {
     scanner: Scanner,
     bytes_max: usize,
     ended: bool,
+    gone: Option<oneshot::Sender<()>>,
+}
+
+/// Whether the client has gone away before it had sent its request.
+pub struct Gone(Option<oneshot::Receiver<()>>);
+
+impl Gone {
+    pub fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let Some(gone) = &mut self.0 else { return Poll::Pending };
+        if ready!(Pin::new(gone).poll(cx)).is_ok() {
+            return Poll::Ready(());
+        }
+        // It has sent all of it.
+        self.0 = None;
+        Poll::Pending
+    }
+
+    /// Does `work` unless the client goes away.
+    ///
+    /// # Errors
+    /// `Canceled` then, which nobody reads; else what `work` answers.
+    pub async fn unless<T>(
+        &mut self,
+        work: impl Future<Output = Result<T, Status>>,
+    ) -> Result<T, Status> {
+        tokio::select! {
+            biased;
+            done = work => done,
+            () = poll_fn(|cx| self.poll(cx)) => Err(status::canceled()),
+        }
+    }
 }
 
 impl Values {
@@ -45,6 +78,7 @@ impl Values {
             scanner: Scanner::default(),
             bytes_max: receive_max.saturating_mul(BYTES_PER_BYTE),
             ended: false,
+            gone: None,
         }
     }
 
@@ -56,22 +90,45 @@ impl Values {
         poll_fn(|cx| self.poll_next(cx)).await
     }
 
-    /// Goes on reading what is of no more interest. As long as somebody reads, the end of the connection
-    /// is noticed, and the call ends that nobody waits for.
-    pub fn discard(self) {
-        let mut body = self.body;
-        if body.is_end_stream() {
-            return;
+    /// Goes on reading what is of no more interest, to notice when nobody waits for the call any more.
+    pub fn discard(mut self) -> Gone {
+        let gone = self.watch();
+        if gone.0.is_some() {
+            actix::spawn(self.read_out());
         }
-        actix::spawn(async move {
-            let mut left = DISCARDED_MAX;
-            while let Some(Ok(frame)) = body.frame().await {
-                left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
-                if left == 0 {
-                    return;
+        gone
+    }
+
+    /// Tells from now on when the client goes away in the middle of its body. Of one that has sent it
+    /// whole the HTTP library drops the call by itself.
+    pub fn watch(&mut self) -> Gone {
+        if self.body.is_end_stream() {
+            return Gone(None);
+        }
+        let (sender, gone) = oneshot::channel();
+        self.gone = Some(sender);
+        Gone(Some(gone))
+    }
+
+    async fn read_out(mut self) {
+        let mut left = DISCARDED_MAX;
+        while left > 0 {
+            match self.body.frame().await {
+                Some(Ok(frame)) => {
+                    left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
                 }
+                Some(Err(_)) => return self.lost(),
+                None => return,
             }
-        });
+        }
+    }
+
+    /// The client has gone away.
+    fn lost(&mut self) {
+        if let Some(gone) = self.gone.take() {
+            // The call may be at its end.
+            gone.send(()).ok();
+        }
     }
 
     fn poll_next<T: Json>(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<T>, Status>> {
@@ -97,6 +154,7 @@ impl Values {
             match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
                 Some(Ok(frame)) => self.part = frame.into_data().unwrap_or_default(),
                 Some(Err(error)) => {
+                    self.lost();
                     return Poll::Ready(Err(Status::invalid_argument(error.to_string())));
                 }
                 None => return Poll::Ready(self.finish()),
@@ -173,8 +231,9 @@ impl<T: Json + Message> HttpBody for Framed<T> {
                     if let Err(error) = end {
                         tracing::debug!(%error, "cannot read a request of a JSON stream");
                     }
-                    if let Some(values) = self.values.take() {
-                        values.discard();
+                    if let Some(values) = self.values.take().filter(|values| values.gone.is_some())
+                    {
+                        actix::spawn(values.read_out());
                     }
                     return Poll::Ready(None);
                 }

@@ -27,7 +27,7 @@ use quorate_proto::json::Json;
 use tonic::metadata::MetadataMap;
 use tonic::{Extensions, Status, Streaming};
 
-use self::body::{Framed, Values};
+use self::body::{Framed, Gone, Values};
 use self::routes::Route;
 use crate::transport::grpc;
 use crate::transport::member::Member;
@@ -99,24 +99,26 @@ struct Call {
 
 impl Call {
     /// The request of a method that takes one. Nothing at all is the empty message.
-    async fn single<T: Json + Message>(mut self) -> Result<tonic::Request<T>, Status> {
+    async fn single<T: Json + Message>(mut self) -> Result<(tonic::Request<T>, Gone), Status> {
         let message: T = self.body.next().await?.unwrap_or_default();
-        self.body.discard();
         let bytes = message.encoded_len();
         if bytes > self.receive_max {
             return Err(too_large(bytes, self.receive_max));
         }
-        Ok(tonic::Request::from_parts(self.metadata, Extensions::default(), message))
+        let request = tonic::Request::from_parts(self.metadata, Extensions::default(), message);
+        Ok((request, self.body.discard()))
     }
 
     /// The requests of a method that takes a stream of them. The first is awaited: a client whose
     /// first word is wrong is told so, instead of being left to wait for an answer.
     async fn stream<T: Json + Message + 'static>(
         mut self,
-    ) -> Result<tonic::Request<Streaming<T>>, Status> {
+    ) -> Result<(tonic::Request<Streaming<T>>, Gone), Status> {
         let first = self.body.next().await?;
+        let gone = self.body.watch();
         let messages = Framed::stream(first, self.body, self.receive_max);
-        Ok(tonic::Request::from_parts(self.metadata, Extensions::default(), messages))
+        let request = tonic::Request::from_parts(self.metadata, Extensions::default(), messages);
+        Ok((request, gone))
     }
 }
 

@@ -15,6 +15,7 @@ use prost::Message;
 use quorate_proto::json::{self, Json, Object};
 use tonic::{Code, Status};
 
+use super::body::Gone;
 use crate::transport::grpc::Reply;
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
@@ -133,19 +134,20 @@ fn damaged(error: &prost::DecodeError) -> Status {
 
 /// The beginning of a method with a stream of replies: the first of them decides on the status.
 pub async fn stream<T: Json + Message + 'static>(
-    result: Result<tonic::Response<Reply<T>>, Status>,
+    call: impl Future<Output = Result<tonic::Response<Reply<T>>, Status>>,
+    mut gone: Gone,
 ) -> Response {
-    let mut replies = match result {
-        Ok(replies) => replies.into_inner(),
-        Err(status) => return failure(&status, last_line(&status)),
+    let first = async {
+        let mut replies = call.await?.into_inner();
+        let first = replies.next().await.transpose()?;
+        Ok((first.map(|first| line(&first)).transpose()?, replies))
     };
-    let body = match replies.next().await {
-        Some(Ok(first)) => match line(&first) {
-            Ok(first) => Body::new(Lines { first: Some(first), replies: Some(replies) }),
-            Err(status) => return failure(&status, last_line(&status)),
-        },
-        Some(Err(status)) => return failure(&status, last_line(&status)),
-        None => return response(StatusCode::OK, Body::empty()),
+    let body = match gone.unless(first).await {
+        Ok((Some(first), replies)) => {
+            Body::new(Lines { first: Some(first), replies: Some(replies), gone })
+        }
+        Ok((None, _)) => return response(StatusCode::OK, Body::empty()),
+        Err(status) => return failure(&status, last_line(&status)),
     };
     let mut response = response(StatusCode::OK, body);
     response.headers_mut().insert(GRPC_CONTENT_TYPE, GRPC);
@@ -176,6 +178,7 @@ struct Lines<T> {
     first: Option<Bytes>,
     /// `None` once it has ended.
     replies: Option<Reply<T>>,
+    gone: Gone,
 }
 
 impl<T: Json + Message> HttpBody for Lines<T> {
@@ -188,6 +191,9 @@ impl<T: Json + Message> HttpBody for Lines<T> {
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         if let Some(first) = self.first.take() {
             return Poll::Ready(Some(Ok(Frame::data(first))));
+        }
+        if self.gone.poll(cx).is_ready() {
+            self.replies = None;
         }
         let Some(replies) = &mut self.replies else { return Poll::Ready(None) };
         let line = match ready!(replies.as_mut().poll_next(cx)) {

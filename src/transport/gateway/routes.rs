@@ -51,19 +51,25 @@ impl Gateway {
 macro_rules! run {
     (single $gateway:ident $call:ident $service:ident $method:path) => {
         match $call.single().await {
-            Ok(request) => reply::single($method(&$gateway.$service(), request).await),
+            Ok((request, mut gone)) => {
+                reply::single(gone.unless($method(&$gateway.$service(), request)).await)
+            }
             Err(status) => reply::refused(&status),
         }
     };
     (replies $gateway:ident $call:ident $service:ident $method:path) => {
         match $call.single().await {
-            Ok(request) => reply::stream($method(&$gateway.$service(), request).await).await,
+            Ok((request, gone)) => {
+                reply::stream($method(&$gateway.$service(), request), gone).await
+            }
             Err(status) => reply::refused(&status),
         }
     };
     (both $gateway:ident $call:ident $service:ident $method:path) => {
         match $call.stream().await {
-            Ok(requests) => reply::stream($method(&$gateway.$service(), requests).await).await,
+            Ok((requests, gone)) => {
+                reply::stream($method(&$gateway.$service(), requests), gone).await
+            }
             Err(status) => reply::refused(&status),
         }
     };
