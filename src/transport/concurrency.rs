@@ -460,6 +460,11 @@ pub enum Turn {
 /// A place in a queue. Dropped before [`Contender::keep`], it is given up: the key is deleted, unless
 /// another call with this lease created it and was at the head already. That one may have been told
 /// that it holds what is contended for, and leaving this call must not take it away.
+///
+/// Only the key that was entered with is deleted, known by its create revision: one that the same lease
+/// has made since then stays. A caller that asks again with the same lease before the first call has
+/// ended, by way of another member, still shares one key with it, as it does with etcd: whoever has to
+/// be certain takes another lease, or makes what it does depend on the key.
 pub struct Contender {
     caller: Caller,
     queue: Queue,
@@ -629,6 +634,44 @@ mod tests {
         assert_eq!((lost.code(), lost.message()), (Code::Unknown, text));
         let late = told(status::deadline_exceeded());
         assert_eq!(late.code(), Code::DeadlineExceeded);
+    }
+
+    fn changes(responses: Vec<Result<pb::WatchResponse, Status>>) -> Changes {
+        Changes(Box::pin(stream::iter(responses)))
+    }
+
+    fn put() -> pb::WatchResponse {
+        pb::WatchResponse { events: vec![Default::default()], ..Default::default() }
+    }
+
+    #[tokio::test]
+    async fn a_watch_tells_of_changes_and_of_their_loss() {
+        let created = pb::WatchResponse { created: true, ..Default::default() };
+        let compacted =
+            pb::WatchResponse { canceled: true, compact_revision: 7, ..Default::default() };
+        let progress = pb::WatchResponse::default();
+        let all = vec![created.clone(), put(), progress, put(), compacted];
+        let mut changes = changes(all.into_iter().map(Ok).collect());
+        assert_eq!(changes.next().await.unwrap(), Some(put()));
+        assert_eq!(changes.next().await.unwrap(), Some(put()));
+        assert_eq!(changes.next().await.unwrap(), None);
+        // A stream that ends is one of a member that ends.
+        assert_eq!(changes.next().await.unwrap_err().message(), status::stopped().message());
+    }
+
+    #[tokio::test]
+    async fn a_watch_that_is_refused_says_why() {
+        let reason = "rpc error: code = PermissionDenied desc = etcdserver: permission denied";
+        let refused = pb::WatchResponse {
+            created: true,
+            canceled: true,
+            cancel_reason: reason.into(),
+            ..Default::default()
+        };
+        let refused = changes(vec![Ok(refused)]).next().await.unwrap_err();
+        assert_eq!((refused.code(), refused.message()), (Code::FailedPrecondition, reason));
+        let ended = changes(vec![Err(status::stopped())]).next().await.unwrap_err();
+        assert_eq!(ended.code(), Code::Unavailable);
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod disk;
 mod engines;
 mod etcdctl;
 mod links;
+mod lock;
 mod members;
 mod mixed;
 #[path = "../linearizability/record.rs"]

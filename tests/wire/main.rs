@@ -8,6 +8,7 @@
 mod etcdctl;
 mod grpc;
 mod hash;
+mod lock;
 mod probes;
 mod random;
 mod server;
