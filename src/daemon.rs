@@ -599,7 +599,8 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     };
     // A port that is taken is found out before the directory is touched.
     let bound = bind_all(config, &options)?;
-    let dialer = Dialer::clear(PEER_DIAL_TIMEOUT + Duration::from_millis(config.raft.election_ms));
+    let patience = PEER_DIAL_TIMEOUT + Duration::from_millis(config.raft.election_ms);
+    let dialer = Dialer::new(patience, tls::Client::for_peers(config, Metrics::global())?);
     let birth = bootstrap::birth(config, plan, &dialer, server_version()).await?;
     let snapshots = SnapDir::open(disk.clone(), &config.member.snap_dir())?;
     let mut found = read_directory(config, &disk, &snapshots, birth.as_ref())?;

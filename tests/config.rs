@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
 
-use quorate::config::flags::{FLAGS, Flag, Group};
+use quorate::config::flags::{FILE_ONLY, FLAGS, Flag, Group};
 use quorate::config::{
     self, Asked, AuthToken, Config, ConfigError, EngineKind, Gate, LogFormat, LogLevel, LogOutput,
     MetricsDetail, Notice, Origins, Retention, Rotation, Surroundings, Telling, url,
@@ -487,14 +487,6 @@ fn rules_are_told_in_the_words_of_etcd() {
         (&["--engine=sled"], r#"unknown engine "sled" (supported are memory, redb)"#),
         (&["--backend-batch-limit=-1"], "--backend-batch-limit must be >0 (set to -1)"),
         (
-            &["--cert-file=c", "--key-file=k"],
-            "not supported yet: --cert-file (TLS), --key-file (TLS)",
-        ),
-        (
-            &["--advertise-client-urls=https://a:1"],
-            "not supported yet: --advertise-client-urls (TLS)",
-        ),
-        (
             &["--auth-token=jwt,sign-method=HS256,priv-key=k"],
             "not supported yet: --auth-token (jwt)",
         ),
@@ -523,12 +515,7 @@ fn rules_are_told_in_the_words_of_etcd() {
     }
     assert!(!Path::new(file).exists());
     // Explicit defaults are no demand.
-    flags(&[
-        "--downgrade-check-time=5s",
-        "--enable-pprof=false",
-        "--cert-file=",
-        "--auto-tls=false",
-    ]);
+    flags(&["--downgrade-check-time=5s", "--enable-pprof=false", "--discovery-srv="]);
     let (checked, _) =
         served(load(&["--corrupt-check-time=1h", "--compact-hash-check-time=2m"], &[]));
     assert_eq!(checked.checks.corrupt_check_time, Duration::from_secs(3600));
@@ -726,6 +713,7 @@ fn the_samples_hold() {
             "memory-engine.yml",
             "metrics.yml",
             "minimal.yml",
+            "secure.yml",
             "single.yml"
         ]
     );
@@ -793,22 +781,20 @@ fn single_lists_every_supported_key_with_its_default() {
     let (config, listed) = sample("single.yml");
     assert_eq!(config, Config::default());
     // Without effect on a member that this release can serve.
-    let idle = [
-        "v2-deprecation",
-        "tls-min-version",
-        "tls-max-version",
-        "cipher-suites",
-        "self-signed-cert-validity",
-    ];
-    let idle_with = |flag: &Flag| flag.name.starts_with("distributed-tracing-");
+    let idle = |flag: &Flag| {
+        flag.name == "v2-deprecation" || flag.name.starts_with("distributed-tracing-")
+    };
+    let in_files_alone =
+        FILE_ONLY.iter().map(|only| only.key).filter(|key| key.starts_with("client-transport"));
     let supported: BTreeSet<String> = FLAGS
         .iter()
-        .filter(|flag| !idle.contains(&flag.name) && !idle_with(flag))
+        .filter(|flag| !idle(flag))
         .filter(|flag| !config::support::refuses(flag.name))
         .filter_map(|flag| match (flag.group, flag.key()?) {
             (Group::Own, key) => Some(format!("quorate.{key}")),
             (_, key) => Some(key.to_owned()),
         })
+        .chain(in_files_alone.map(str::to_owned))
         .collect();
     assert_eq!(listed, supported);
 }

@@ -90,7 +90,7 @@ mod tests {
         config.observe.pprof = true;
         config.discovery.srv = "d".to_owned();
         config.discovery.max_recv_bytes = 1;
-        config.auth.token = AuthToken::Jwt(JwtOptions::default());
+        config.auth.token = AuthToken::parse("jwt,sign-method=HS256,priv-key=k").unwrap();
         assert_eq!(
             check(&config).unwrap_err().to_string(),
             "not supported yet: --discovery-srv (discovery), --enable-pprof (profiling), \

@@ -343,7 +343,7 @@ fn in_etcds_words(response: Response<tonic::body::Body>) -> Response<tonic::body
     said.map_or(response, tonic::Status::into_http)
 }
 
-/// In the extensions of a request that came over TLS.
+/// In the extensions of an HTTP request that came over TLS.
 #[derive(Clone, Copy, Debug)]
 pub struct OverTls;
 
@@ -357,18 +357,6 @@ struct Connection {
     kept: Kept,
 }
 
-impl Connection {
-    /// Says in a request what is known of its connection.
-    fn mark(&self, request: &mut Request<Incoming>) {
-        if self.tls {
-            request.extensions_mut().insert(OverTls);
-        }
-        if let Some(client) = &self.client {
-            request.extensions_mut().insert(client.clone());
-        }
-    }
-}
-
 type Body = Either<tonic::body::Body, axum::body::Body>;
 
 impl HyperService<Request<Incoming>> for Connection {
@@ -377,7 +365,9 @@ impl HyperService<Request<Incoming>> for Connection {
     type Future = std::pin::Pin<Box<dyn Future<Output = Result<Self::Response, Infallible>>>>;
 
     fn call(&self, mut request: Request<Incoming>) -> Self::Future {
-        self.mark(&mut request);
+        if let Some(client) = &self.client {
+            request.extensions_mut().insert(client.clone());
+        }
         let Served { grpc, http } = &self.served;
         // Over TLS one server does both, as in etcd, and paths below /v3/ are always the gateway's.
         let both = self.tls && http.is_some();
@@ -393,6 +383,9 @@ impl HyperService<Request<Incoming>> for Connection {
             (_, Some(router)) => {
                 if request.headers().contains_key(header::UPGRADE) {
                     request.extensions_mut().insert(self.kept.clone());
+                }
+                if self.tls {
+                    request.extensions_mut().insert(OverTls);
                 }
                 let mut router = router.clone();
                 Box::pin(async move {

@@ -219,30 +219,30 @@ impl Secured {
     }
 
     async fn accept(&self, io: Peeked, remote: Remote) -> Option<Opened> {
-        let (server_name, leaf, error) =
-            match self.handshakes.begin().run(self.handshake(io, remote)).await {
-                Ok(Ok(opened)) => return Some(opened),
-                Ok(Err(Failed::Handshake(refused))) if refused.is_eof() => {
-                    tracing::debug!(
-                        "remote-addr" = %remote,
-                        "server-name" = refused.server_name,
-                        error = refused.reason(),
-                        "rejected connection on {} endpoint", self.endpoint
-                    );
-                    return None;
-                }
-                Ok(Err(Failed::Handshake(refused))) => {
-                    let reason = refused.reason();
-                    (refused.server_name, refused.leaf, reason)
-                }
-                Ok(Err(Failed::Address { server_name, leaf, error })) => {
-                    (server_name, Some(leaf), error.to_string())
-                }
-                Err(ended) => {
-                    self.server.count_cut_off();
-                    (String::new(), None, ended.to_string())
-                }
-            };
+        let handshake = self.handshakes.begin().run(self.handshake(io, remote));
+        let (server_name, leaf, error) = match handshake.await {
+            Ok(Ok(opened)) => return Some(opened),
+            Ok(Err(Failed::Handshake(refused))) if refused.is_eof() => {
+                tracing::debug!(
+                    "remote-addr" = %remote,
+                    "server-name" = refused.server_name,
+                    error = refused.reason(),
+                    "rejected connection on {} endpoint", self.endpoint
+                );
+                return None;
+            }
+            Ok(Err(Failed::Handshake(refused))) => {
+                let (reason, leaf) = (refused.reason(), refused.leaf().cloned());
+                (refused.server_name, leaf, reason)
+            }
+            Ok(Err(Failed::Address { server_name, leaf, error })) => {
+                (server_name, Some(leaf), error.to_string())
+            }
+            Err(ended) => {
+                self.server.count_cut_off();
+                (String::new(), None, ended.to_string())
+            }
+        };
         // What cannot be read of it is left out.
         let names = leaf.and_then(|leaf| Sans::of(&leaf).ok()).unwrap_or_default();
         let ips: Vec<String> = names.ips.iter().map(ToString::to_string).collect();
@@ -317,6 +317,148 @@ impl Security {
                     Some(Opened { stream: Stream::Clear(io), client: None })
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use rustls::ClientConfig;
+    use rustls::crypto::aws_lc_rs;
+    use rustls::pki_types::pem::PemObject;
+    use rustls::pki_types::{PrivateKeyDer, ServerName};
+    use tokio::io::AsyncWriteExt;
+    use tokio_rustls::TlsConnector;
+
+    use super::*;
+    use crate::config::Config;
+    use crate::metrics::Metrics;
+    use crate::transport::tls::tests::pki::{Authority, Issued, Leaf, replace};
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    /// A server that asks for certificates of `ca`, as one of both schemes has it.
+    fn secured(ca: &Authority, dir: &tempfile::TempDir, checks_address: bool) -> Secured {
+        let files = ca.issue(&Leaf::named("server")).write(dir.path(), "server");
+        replace(&dir.path().join("ca.crt"), ca.pem.as_bytes());
+        let mut config = Config::default();
+        config.client_tls.cert_file = files.cert;
+        config.client_tls.key_file = files.key;
+        config.client_tls.trusted_ca_file = dir.path().join("ca.crt");
+        config.client_tls.client_cert_auth = true;
+        let metrics = Box::leak(Box::new(Metrics::new()));
+        let server = tls::Server::for_clients(&config, metrics).unwrap().unwrap();
+        Secured::new(server, "client", checks_address)
+    }
+
+    fn client(ca: &Authority, issued: &Issued) -> TlsConnector {
+        let mut roots = rustls::RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(ca.pem.as_bytes()).unwrap()).unwrap();
+        let chain = CertificateDer::pem_slice_iter(issued.chain.as_bytes()).map(Result::unwrap);
+        let key = PrivateKeyDer::from_pem_slice(issued.key.as_bytes()).unwrap();
+        let provider = Arc::new(aws_lc_rs::default_provider());
+        let config = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_client_auth_cert(chain.collect(), key)
+            .unwrap();
+        TlsConnector::from(Arc::new(config))
+    }
+
+    /// A connection over the loopback device, as it was dialled and as it was accepted.
+    async fn pair() -> (TcpStream, Socket, Remote) {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let dialled = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (accepted, remote) = listener.accept().await.unwrap();
+        (dialled, Socket::Tcp(accepted), Remote(Some(remote)))
+    }
+
+    async fn open(security: &Security, connector: TlsConnector) -> Option<Opened> {
+        let (dialled, socket, remote) = pair().await;
+        let name = ServerName::try_from("localhost").unwrap();
+        let (opened, dialled) =
+            tokio::join!(security.open(socket, remote, PATIENCE), connector.connect(name, dialled));
+        let mut opened = opened?;
+        let mut read = [0; 4];
+        dialled.unwrap().write_all(b"GET ").await.unwrap();
+        opened.stream.read_exact(&mut read).await.unwrap();
+        assert_eq!(&read, b"GET ");
+        Some(opened)
+    }
+
+    #[tokio::test]
+    async fn the_first_byte_tells_what_is_spoken() {
+        let (ca, dir) = (Authority::new("the root"), tempfile::TempDir::new().unwrap());
+        let alice = ca.issue(&Leaf::client("alice"));
+        let secured = secured(&ca, &dir, false);
+        let either = Security::Either(secured.clone());
+        let opened = open(&either, client(&ca, &alice)).await.expect("TLS is served");
+        assert!(opened.is_tls());
+        let named = ClientCert { common_name: Some("alice".to_owned()) };
+        assert_eq!(opened.client, Some(named));
+
+        for (security, served) in
+            [(&either, true), (&Security::Clear, true), (&Security::Tls(secured), false)]
+        {
+            let (mut dialled, socket, remote) = pair().await;
+            dialled.write_all(b"GET / HTTP/1.1").await.unwrap();
+            let opened = security.open(socket, remote, PATIENCE).await;
+            assert_eq!(opened.is_some(), served);
+            if let Some(mut opened) = opened {
+                assert!(!opened.is_tls());
+                assert_eq!(opened.client, None);
+                let mut read = [0; 14];
+                opened.stream.read_exact(&mut read).await.unwrap();
+                assert_eq!(&read, b"GET / HTTP/1.1");
+            }
+        }
+        // Who says nothing is not waited for without end.
+        let (_silent, socket, remote) = pair().await;
+        assert!(either.open(socket, remote, Duration::from_millis(20)).await.is_none());
+    }
+
+    #[tokio::test]
+    async fn who_begins_a_handshake_and_stops_gives_way() {
+        let (ca, dir) = (Authority::new("the root"), tempfile::TempDir::new().unwrap());
+        let alice = ca.issue(&Leaf::client("alice"));
+        let mut secured = secured(&ca, &dir, false);
+        secured.handshakes = Handshakes::new(4, PATIENCE);
+        let security = Security::Tls(secured.clone());
+        let mut silent = Vec::new();
+        for _ in 0..12 {
+            let (dialled, socket, remote) = pair().await;
+            let security = security.clone();
+            let ended =
+                tokio::spawn(
+                    async move { security.open(socket, remote, PATIENCE).await.is_some() },
+                );
+            silent.push((dialled, ended));
+        }
+        let opened = open(&security, client(&ca, &alice)).await;
+        assert!(opened.is_some(), "one that means it is served");
+        assert!(secured.handshakes.under_way() <= 4);
+        // All but the youngest have been sent away, long before their time was over.
+        for (_, ended) in silent.drain(..8) {
+            let ended = tokio::time::timeout(PATIENCE / 2, ended).await;
+            assert!(!ended.expect("it gave way").unwrap());
+        }
+        for (_, ended) in silent {
+            ended.abort();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_certificate_for_another_address_is_refused_where_that_counts() {
+        let (ca, dir) = (Authority::new("the root"), tempfile::TempDir::new().unwrap());
+        let here = ca.issue(&Leaf::client("here").with_names(&[], &["127.0.0.1"]));
+        let elsewhere = ca.issue(&Leaf::client("elsewhere").with_names(&[], &["10.0.0.1"]));
+        for (checks, served) in [(false, true), (true, false)] {
+            let security = Security::Tls(secured(&ca, &dir, checks));
+            assert!(open(&security, client(&ca, &here)).await.is_some());
+            assert_eq!(open(&security, client(&ca, &elsewhere)).await.is_some(), served);
         }
     }
 }

@@ -52,7 +52,7 @@ fn what_is_wrong_on_the_command_line_is_told_by_text_and_exit_code() {
         (&["--election-timeout=10"], 1, "election-timeout"),
         (&["--log-level=loud"], 2, "loud"),
         (&["--engine=none"], 1, "unknown engine \"none\""),
-        (&["--cert-file=x"], 1, "not supported yet: --cert-file (TLS)"),
+        (&["--enable-pprof"], 1, "not supported yet: --enable-pprof (profiling)"),
     ] {
         let (found, stdout, stderr) = out(&run(args));
         assert_eq!(found, code, "{args:?}: {stdout}{stderr}");

@@ -4,6 +4,7 @@
 //! The installed etcd is release 3.4.23 where this was written. Its gateway is of an older make than
 //! the one that ours follows; each difference that a test allows for names the rule.
 
+mod auth;
 mod http;
 mod limits;
 mod rules;

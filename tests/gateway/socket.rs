@@ -41,6 +41,15 @@ async fn text(socket: &mut Socket) -> Value {
     }
 }
 
+/// Creates a watcher as whoever the header of the handshake names.
+pub async fn watches_with(member: &Member, header: (&'static str, &str)) {
+    let (mut socket, _) = connect(member, "/v3/watch", &[header]).await.unwrap();
+    socket.send(r#"{"create_request":{"key":"YQ=="}}"#.into()).await.unwrap();
+    let created = text(&mut socket).await;
+    assert_eq!(created["result"]["canceled"], Value::Null, "{created}");
+    assert_eq!(created["result"]["created"], true);
+}
+
 #[tokio::test]
 async fn a_watch_goes_on_in_texts() {
     for kind in [Kind::Redb, Kind::Etcd] {

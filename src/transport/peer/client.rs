@@ -11,11 +11,13 @@ use http::{HeaderValue, Request, Response, header};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
+use rustls::pki_types::ServerName;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::task::JoinHandle;
 
 use crate::config::Url;
+use crate::transport::tls;
 
 /// A connection to a peer.
 pub trait Connection: AsyncRead + AsyncWrite + Unpin + Send {}
@@ -23,41 +25,58 @@ pub trait Connection: AsyncRead + AsyncWrite + Unpin + Send {}
 impl<T: AsyncRead + AsyncWrite + Unpin + Send> Connection for T {}
 
 /// Makes connections to peer URLs.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Dialer {
-    /// Within which a connection has to stand.
+    /// Within which a connection has to stand, handshake included.
     pub timeout: Duration,
+    /// What https URLs are dialled with.
+    tls: Option<tls::Client>,
 }
 
 impl Dialer {
+    /// With TLS where a URL asks for it.
+    pub fn new(timeout: Duration, tls: tls::Client) -> Self {
+        Dialer { timeout, tls: Some(tls) }
+    }
+
     /// Without TLS.
     pub fn clear(timeout: Duration) -> Self {
-        Dialer { timeout }
+        Dialer { timeout, tls: None }
     }
 
     /// The same with another patience.
     pub fn within(&self, timeout: Duration) -> Self {
-        Dialer { timeout }
+        Dialer { timeout, ..self.clone() }
     }
 
-    /// Connects to `url`.
+    /// Connects to `url`. Sockets of the file system carry no TLS, whatever their URL says: no peer's
+    /// listener has it there.
     ///
     /// # Errors
-    /// What the system says; `TimedOut`; `Unsupported` for TLS.
+    /// What the system or the handshake says; `TimedOut`; `Unsupported` for TLS without a setting.
     pub async fn connect(&self, url: &Url) -> io::Result<Box<dyn Connection>> {
-        if url.scheme().is_tls() {
-            return Err(io::Error::new(
-                io::ErrorKind::Unsupported,
-                "TLS to peers is not supported yet",
-            ));
-        }
         let connecting = async {
-            match url.socket_path() {
-                Some(path) => Ok(Box::new(UnixStream::connect(path).await?) as Box<dyn Connection>),
-                None => {
-                    let stream = TcpStream::connect((url.host_name(), url.port())).await?;
-                    stream.set_nodelay(true)?;
-                    Ok(Box::new(stream) as Box<dyn Connection>)
+            if let Some(path) = url.socket_path() {
+                return Ok(Box::new(UnixStream::connect(path).await?) as Box<dyn Connection>);
+            }
+            let stream = TcpStream::connect((url.host_name(), url.port())).await?;
+            stream.set_nodelay(true)?;
+            if !url.scheme().is_tls() {
+                return Ok(Box::new(stream) as Box<dyn Connection>);
+            }
+            let tls = self.tls.as_ref().ok_or_else(|| {
+                io::Error::new(io::ErrorKind::Unsupported, "this dialler has no TLS")
+            })?;
+            let name = ServerName::try_from(url.host_name().to_owned()).map_err(|_| {
+                let why = format!("{:?} is no name that a certificate can have", url.host_name());
+                io::Error::new(io::ErrorKind::InvalidInput, why)
+            })?;
+            match tls.connect(name, stream).await {
+                Ok(stream) => Ok(Box::new(stream) as Box<dyn Connection>),
+                // In the words of what refused it, which the library only wraps.
+                Err(error) => {
+                    let why = format!("TLS handshake failed: {}", tls::reason(&error));
+                    Err(io::Error::new(error.kind(), why))
                 }
             }
         };

@@ -286,6 +286,8 @@ impl Reader {
                 self.remote
             );
             stream.write_all(head.as_bytes()).await?;
+            // TLS may still hold some of it.
+            stream.flush().await?;
             let mut buffer = BytesMut::with_capacity(READ_BYTES);
             loop {
                 if stream.read_buf(&mut buffer).await? == 0 {

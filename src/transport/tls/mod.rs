@@ -233,6 +233,17 @@ impl Settings {
         Ok(Authorities::Of(watched))
     }
 
+    /// Shows when a certificate ends. One that has ended is used all the same: whether it is accepted is
+    /// for the other side to say.
+    fn show_expiry(&self, role: &str, identity: &Identity) {
+        let side = self.side.name();
+        self.metrics.tls_certificate_expiry.with(&[side, role]).set(identity.not_after_s as f64);
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        if now.is_ok_and(|now| now.as_secs() as i64 > identity.not_after_s) {
+            tracing::warn!(side, r#use = role, "a certificate of this member has expired");
+        }
+    }
+
     fn revoked(&self) -> Result<Option<Watched<Revoked>>, TlsError> {
         let path = &self.tls.crl_file;
         if path.as_os_str().is_empty() {
@@ -355,11 +366,7 @@ impl ServerFiles {
                 config.send_tls13_tickets = 0;
             }
         }
-        settings
-            .metrics
-            .tls_certificate_expiry
-            .with(&[settings.side.name(), "server"])
-            .set(self.identity.value().not_after_s as f64);
+        settings.show_expiry("server", self.identity.value());
         Ok(ServerState { config: Arc::new(config), clients })
     }
 }
@@ -395,20 +402,11 @@ pub struct Accepted<IO> {
     pub leaf: Option<CertificateDer<'static>>,
 }
 
-/// What a handshake has shown of the other side so far.
-#[derive(Default)]
-struct Seen {
-    server_name: String,
-    leaf: Option<CertificateDer<'static>>,
-}
-
 /// A handshake that failed.
 #[derive(Debug)]
 pub struct Refused {
     /// Which server was asked for; empty if the handshake did not come that far.
     pub server_name: String,
-    /// The certificate that was shown, if the handshake came that far. Nobody has vouched for it.
-    pub leaf: Option<CertificateDer<'static>>,
     pub error: io::Error,
 }
 
@@ -426,14 +424,20 @@ impl Refused {
         }
         reason(&self.error)
     }
+
+    /// The certificate that was refused, where it was not for its chain.
+    pub fn leaf(&self) -> Option<&CertificateDer<'static>> {
+        library_error(&self.error).and_then(verify::leaf)
+    }
+}
+
+fn library_error(error: &io::Error) -> Option<&rustls::Error> {
+    error.get_ref().and_then(|inner| inner.downcast_ref())
 }
 
 /// What an error of a TLS stream says, in its own words where the library only wraps them.
 pub fn reason(error: &io::Error) -> String {
-    match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
-        Some(inner) => verify::reason(inner),
-        None => error.to_string(),
-    }
+    library_error(error).map_or_else(|| error.to_string(), verify::reason)
 }
 
 impl Server {
@@ -515,12 +519,11 @@ impl Server {
     where
         IO: AsyncRead + AsyncWrite + Unpin,
     {
-        let mut seen = Seen::default();
-        let done = self.handshake(io, &mut seen).await;
+        let mut server_name = String::new();
+        let done = self.handshake(io, &mut server_name).await;
         let counted = &self.0.handshakes;
         if done.is_ok() { &counted.done } else { &counted.failed }.increment(1);
-        let Seen { server_name, leaf } = seen;
-        done.map_err(|error| Refused { server_name, leaf, error })
+        done.map_err(|error| Refused { server_name, error })
     }
 
     /// Counts a handshake that the caller gave no more time.
@@ -528,14 +531,14 @@ impl Server {
         self.0.handshakes.cut_off.increment(1);
     }
 
-    async fn handshake<IO>(&self, io: IO, seen: &mut Seen) -> io::Result<Accepted<IO>>
+    async fn handshake<IO>(&self, io: IO, server_name: &mut String) -> io::Result<Accepted<IO>>
     where
         IO: AsyncRead + AsyncWrite + Unpin,
     {
         // Nothing but a buffer is held for who says nothing.
         let start = LazyConfigAcceptor::new(rustls::server::Acceptor::default(), io).await?;
         if let Some(name) = start.client_hello().server_name() {
-            name.clone_into(&mut seen.server_name);
+            name.clone_into(server_name);
         }
         let state = self.0.state.now().await?;
         let stream = start.into_stream(state.config.clone()).await?;
@@ -546,9 +549,6 @@ impl Server {
         let chain = connection.peer_certificates().unwrap_or_default();
         if connection.handshake_kind() == Some(HandshakeKind::Resumed) {
             let judged = clients.judge(chain);
-            if judged.is_err() {
-                seen.leaf = chain.first().cloned();
-            }
             judged.map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
         }
         let leaf = chain.first().cloned();
@@ -613,11 +613,7 @@ impl ClientFiles {
             .with_custom_certificate_verifier(Arc::new(servers));
         let mut config = match &self.identity {
             Some(identity) => {
-                settings
-                    .metrics
-                    .tls_certificate_expiry
-                    .with(&[settings.side.name(), "client"])
-                    .set(identity.value().not_after_s as f64);
+                settings.show_expiry("client", identity.value());
                 let certified = identity.value().certified.clone();
                 builder.with_client_cert_resolver(Arc::new(SingleCertAndKey::from(certified)))
             }
@@ -682,3 +678,6 @@ impl Client {
         TlsConnector::from(config).connect(name, io).await
     }
 }
+
+#[cfg(test)]
+pub(in crate::transport) mod tests;

@@ -48,7 +48,7 @@ impl Allowed {
                 names.iter().any(|name| is_valid_for(leaf, &parsed, name))
             }
         };
-        if found { Ok(()) } else { Err(other(NotAllowed)) }
+        if found { Ok(()) } else { Err(refused(leaf, NotAllowed)) }
     }
 }
 
@@ -70,23 +70,44 @@ pub fn common_name(leaf: &CertificateDer<'_>) -> Option<String> {
     last.as_str().ok().filter(|name| !name.is_empty()).map(str::to_owned)
 }
 
-/// A refusal that rustls has no name for.
-fn other(error: impl std::error::Error + Send + Sync + 'static) -> rustls::Error {
-    rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(error))))
+/// A refusal that rustls has no name for, of a certificate whose chain is good.
+#[derive(thiserror::Error, Debug)]
+#[error("{why}")]
+struct Refusal {
+    why: Why,
+    leaf: CertificateDer<'static>,
 }
 
-/// What a handshake failed of, in its own words where the library only wraps them.
-pub fn reason(error: &rustls::Error) -> String {
+#[derive(thiserror::Error, Debug)]
+enum Why {
+    #[error(transparent)]
+    NotAllowed(#[from] NotAllowed),
+    #[error(transparent)]
+    Crl(#[from] CrlError),
+}
+
+fn refused(leaf: &CertificateDer<'_>, why: impl Into<Why>) -> rustls::Error {
+    let refusal = Refusal { why: why.into(), leaf: leaf.clone().into_owned() };
+    rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(refusal))))
+}
+
+fn refusal(error: &rustls::Error) -> Option<&Refusal> {
     match error {
         rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => {
-            inner.to_string()
+            inner.downcast_ref()
         }
-        error => error.to_string(),
+        _ => None,
     }
 }
 
-fn revoked(error: CrlError) -> rustls::Error {
-    other(error)
+/// What a handshake failed of; a refusal of our own in its own words.
+pub(super) fn reason(error: &rustls::Error) -> String {
+    refusal(error).map_or_else(|| error.to_string(), ToString::to_string)
+}
+
+/// The certificate that was refused, if somebody trusted has signed it.
+pub(super) fn leaf(error: &rustls::Error) -> Option<&CertificateDer<'static>> {
+    refusal(error).map(|refusal| &refusal.leaf)
 }
 
 /// Which side of a connection a certificate speaks for.
@@ -107,19 +128,19 @@ fn is_trusted_itself(
     if !roots.holds(leaf) {
         return Ok(false);
     }
-    let refused = |error| Err(rustls::Error::InvalidCertificate(error));
+    let invalid = |error| Err(rustls::Error::InvalidCertificate(error));
     let Ok((_, parsed)) = X509Certificate::from_der(leaf) else {
-        return refused(CertificateError::BadEncoding);
+        return invalid(CertificateError::BadEncoding);
     };
     if parsed.version() != X509Version::V3 {
-        return refused(CertificateError::BadEncoding);
+        return invalid(CertificateError::BadEncoding);
     }
     let now_s = i64::try_from(now.as_secs()).unwrap_or(i64::MAX);
     if now_s < parsed.validity().not_before.timestamp() {
-        return refused(CertificateError::NotValidYet);
+        return invalid(CertificateError::NotValidYet);
     }
     if now_s > parsed.validity().not_after.timestamp() {
-        return refused(CertificateError::Expired);
+        return invalid(CertificateError::Expired);
     }
     let allows = match parsed.extended_key_usage() {
         Ok(None) => true,
@@ -130,9 +151,9 @@ fn is_trusted_itself(
                     Use::Server => usage.value.server_auth,
                 }
         }
-        Err(_) => return refused(CertificateError::BadEncoding),
+        Err(_) => return invalid(CertificateError::BadEncoding),
     };
-    if allows { Ok(true) } else { refused(CertificateError::InvalidPurpose) }
+    if allows { Ok(true) } else { invalid(CertificateError::InvalidPurpose) }
 }
 
 /// Judges the certificates of clients.
@@ -193,7 +214,8 @@ impl ClientCertVerifier for Clients {
         }
         self.allowed.check(end_entity)?;
         if let Some(list) = &self.revoked {
-            list.check(std::iter::once(end_entity).chain(intermediates)).map_err(revoked)?;
+            list.check(std::iter::once(end_entity).chain(intermediates))
+                .map_err(|error| refused(end_entity, error))?;
         }
         Ok(ClientCertVerified::assertion())
     }

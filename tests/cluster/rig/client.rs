@@ -16,6 +16,8 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, ConnectError, Response, Status, Streaming};
 
+use super::secure::Connector;
+
 /// All services of one member.
 #[derive(Clone)]
 pub struct Client {
@@ -35,10 +37,16 @@ pub struct Watching {
 }
 
 impl Client {
-    /// Connects when it is used first. Must be called inside of a runtime.
-    pub fn new(port: u16, deadline: Duration) -> Client {
+    /// Connects when it is used first, with TLS if there is a `connector` for that. Must be called inside
+    /// of a runtime.
+    pub fn new(port: u16, deadline: Duration, connector: Option<Connector>) -> Client {
+        // What is in the URL does not decide about TLS: the connector does.
         let endpoint = Endpoint::from_shared(format!("http://127.0.0.1:{port}")).unwrap();
-        let channel = endpoint.connect_timeout(Duration::from_secs(2)).connect_lazy();
+        let endpoint = endpoint.connect_timeout(Duration::from_secs(2));
+        let channel = match connector {
+            Some(connector) => endpoint.connect_with_connector_lazy(connector),
+            None => endpoint.connect_lazy(),
+        };
         let max = usize::MAX;
         Client {
             kv: KvClient::new(channel.clone()).max_decoding_message_size(max),

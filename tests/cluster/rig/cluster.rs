@@ -14,6 +14,7 @@ use super::client::Client;
 use super::net::{Net, Node};
 use super::process::{Process, Program, free_port};
 use super::random::Random;
+use super::secure::Secure;
 use super::{PATIENCE, wait_for};
 
 /// How the members run.
@@ -29,6 +30,8 @@ pub struct Options {
     pub own_programs: Vec<Program>,
     /// Of the losses in the network.
     pub seed: u64,
+    /// Where there is TLS; nowhere without.
+    pub secure: Option<Secure>,
 }
 
 impl Default for Options {
@@ -40,6 +43,7 @@ impl Default for Options {
             own_args: Vec::new(),
             own_programs: Vec::new(),
             seed: Random::fresh_seed(),
+            secure: None,
         }
     }
 }
@@ -169,7 +173,7 @@ impl Cluster {
             name,
             dir,
             client_port: free_port(),
-            peer_url: format!("http://{proxy}"),
+            peer_url: format!("{}://{proxy}", self.scheme(|secure| secure.peers)),
             peer_port,
             args: self.options.own_args.get(node).cloned().unwrap_or_default(),
             token: TOKEN.to_string(),
@@ -189,11 +193,17 @@ impl Cluster {
         node
     }
 
+    fn scheme(&self, secure: impl FnOnce(&Secure) -> bool) -> &'static str {
+        if self.options.secure.as_ref().is_some_and(secure) { "https" } else { "http" }
+    }
+
     /// What member `node` is started with.
     pub fn command(&self, node: Node) -> Command {
         let member = &self.members[node];
-        let client = format!("http://127.0.0.1:{}", member.client_port);
-        let listen_peer = format!("http://127.0.0.1:{}", member.peer_port);
+        let client_scheme = self.scheme(|secure| secure.client.is_some());
+        let client = format!("{client_scheme}://127.0.0.1:{}", member.client_port);
+        let peer_scheme = self.scheme(|secure| secure.peers);
+        let listen_peer = format!("{peer_scheme}://127.0.0.1:{}", member.peer_port);
         let program = self.options.own_programs.get(node).unwrap_or(&self.program);
         let mut command = Command::new(program.path());
         // Nothing of this process's environment may set an option.
@@ -306,7 +316,8 @@ impl Cluster {
     }
 
     pub fn client_within(&self, node: Node, deadline: Duration) -> Client {
-        Client::new(self.members[node].client_port, deadline)
+        let connector = self.options.secure.as_ref().and_then(|secure| secure.client.clone());
+        Client::new(self.members[node].client_port, deadline, connector)
     }
 
     pub fn client_ports(&self) -> Vec<u16> {

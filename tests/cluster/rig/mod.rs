@@ -15,6 +15,7 @@ pub mod cluster;
 pub mod net;
 pub mod process;
 pub mod random;
+pub mod secure;
 
 use std::future::Future;
 use std::time::{Duration, Instant};

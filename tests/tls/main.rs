@@ -1,0 +1,17 @@
+//! TLS between real programs: members and their clients, members and each other, and etcd among them.
+
+mod calls;
+#[path = "../linearizability/check/mod.rs"]
+mod check;
+mod cluster;
+mod curl;
+mod deck;
+mod dialer;
+mod etcdctl;
+#[path = "../pki/mod.rs"]
+mod pki;
+#[path = "../linearizability/record.rs"]
+mod record;
+#[path = "../cluster/rig/mod.rs"]
+mod rig;
+mod rotation;
