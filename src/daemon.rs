@@ -49,6 +49,7 @@ use crate::storage::install::{InstallError, Installer, OpenEngine};
 use crate::storage::lock::DataDirLock;
 use crate::storage::snap_dir::SnapDir;
 use crate::storage::wal_log::{self, Recovered, WalLog};
+use crate::transport::gateway::Gateway;
 use crate::transport::http::member::HttpMember;
 use crate::transport::http::status::{ClientRules, client_router, metrics_router};
 use crate::transport::listener::{self, Bound, Served, Services, Workers};
@@ -685,7 +686,7 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     let listeners = bound
         .into_iter()
         .map(|(what, urls, bound, security)| {
-            let served = served(what, config, &member, &services, &door);
+            let served = served(what, config, &member, &services, &door, options.receive_max);
             Listener { what, urls, bound, security, served }
         })
         .collect();
@@ -731,6 +732,7 @@ fn served(
     member: &Arc<Member>,
     services: &Arc<Services>,
     door: &Arc<Door>,
+    receive_max: usize,
 ) -> Served {
     let subject: Arc<HttpMember> = Arc::new(HttpMember(member.clone()));
     let client = || {
@@ -739,7 +741,11 @@ fn served(
             Origins::Only(origins) => origins.iter().cloned().collect(),
         };
         let hosts = config.listen.host_whitelist.clone();
-        let router = client_router(subject.clone(), member.metrics);
+        let mut router = client_router(subject.clone(), member.metrics);
+        if config.listen.grpc_gateway {
+            let gateway = Gateway::new(member, config.member.snap_dir(), receive_max);
+            router = router.merge(gateway.router());
+        }
         ClientRules::new(hosts, origins, subject.clone()).guard(router)
     };
     let split = !config.listen.client_http_urls.is_empty();

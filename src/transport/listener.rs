@@ -37,6 +37,7 @@ use tower::Service as _;
 use crate::config::{Scheme, Url};
 use crate::metrics::{Method, Metrics};
 use crate::transport::budget::{self, Account, Budget, End};
+use crate::transport::gateway::websocket::Kept;
 use crate::transport::grpc;
 use crate::transport::guard::{
     Guard, IDLE_PING_INTERVAL, PING_INTERVAL_DEFAULT, PingInterval, Rules,
@@ -373,6 +374,8 @@ struct Connection {
     account: Arc<Account>,
     tls: bool,
     client: Option<ClientCert>,
+    /// For a connection that becomes something else than HTTP.
+    kept: Kept,
 }
 
 type Body = Either<held::Response<tonic::body::Body>, held::Response<axum::body::Body>>;
@@ -426,6 +429,10 @@ impl HyperService<Request<Incoming>> for Connection {
                 let Some(call) = account.call() else {
                     return self.answer(StatusCode::SERVICE_UNAVAILABLE.into_response());
                 };
+                if request.headers().contains_key(header::UPGRADE) {
+                    request.extensions_mut().insert(self.kept.clone());
+                }
+                request.extensions_mut().insert(account.clone());
                 if self.tls {
                     request.extensions_mut().insert(OverTls);
                 }
@@ -508,7 +515,7 @@ impl Workers {
         options: Options,
         stop: watch::Receiver<bool>,
     ) {
-        let held = Held::new(&self.connections);
+        let held = Arc::new(Held::new(&self.connections));
         // More than one request: a client that sends it must not be stopped in the middle.
         let account = self.budget.open(socket.remote().0, options.receive_max.saturating_mul(2));
         let thread = self.next.fetch_add(1, Ordering::Relaxed) % self.threads.len();
@@ -520,7 +527,8 @@ impl Workers {
                         // Done here, so that nobody else's connection waits for it.
                         let opened = security.open(socket, remote, HANDSHAKE_TIMEOUT);
                         if let Some(opened) = unless_stopped(opened, stop.clone()).await {
-                            serve_connection(opened, served, account, options, stop).await;
+                            let kept = Kept(held.clone());
+                            serve_connection(opened, served, account, kept, options, stop).await;
                         }
                     }
                     Err(error) => tracing::debug!(%error, "lost a connection at once"),
@@ -669,6 +677,7 @@ async fn serve_connection(
     opened: Opened,
     served: Served,
     account: Arc<Account>,
+    kept: Kept,
     options: Options,
     mut stop: watch::Receiver<bool>,
 ) {
@@ -709,8 +718,8 @@ async fn serve_connection(
     };
     let Opened { stream, client } = opened;
     let stream = TokioIo::new(Guard::new(stream, &rules));
-    let connection = Connection { served, account: account.clone(), tls, client };
-    let mut connection = pin!(builder.serve_connection(stream, connection));
+    let connection = Connection { served, account: account.clone(), tls, client, kept };
+    let mut connection = pin!(builder.serve_connection_with_upgrades(stream, connection));
     let aged = async {
         match options.connection_age {
             Some(age) => tokio::time::sleep(account.spread(age)).await,

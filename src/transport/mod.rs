@@ -4,6 +4,7 @@ pub mod access;
 mod authority;
 pub mod budget;
 pub mod concurrency;
+pub mod gateway;
 pub mod grpc;
 pub mod guard;
 pub mod held;

@@ -88,6 +88,21 @@ fn aetcd_of_python_finds_what_it_finds_with_etcd() {
 }
 
 #[test]
+fn etcd3gw_of_python_finds_what_it_finds_with_etcd() {
+    if skipped() {
+        return;
+    }
+    let suite = python::Suite {
+        library: "etcd3gw",
+        requirements: include_str!("requirements-etcd3gw.txt"),
+        arguments: &["etcd3gw/tests/test_etcd3gw.py"],
+    };
+    let expected = Verdict { passes_min: 22, unfit: &[], later: &[] };
+    let suite = suite.prepare();
+    compare(&expected, |cluster| suite.run(cluster));
+}
+
+#[test]
 fn etcd3_of_node_finds_what_it_finds_with_etcd() {
     if skipped() {
         return;

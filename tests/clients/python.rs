@@ -116,6 +116,8 @@ impl Ready {
             // Names of the libraries' own.
             .env("PYTHON_ETCD_HTTP_URL", &url)
             .env("TEST_ETCD_HTTP_URL", &url)
+            .env("TOOZ_TEST_HTTP_URL", &url)
+            .env("TOOZ_TEST_ETCD_PORT", &port)
             .env("TEST_ETCD_VERSION", "v3.4.23");
         for option in ["ETCDCTL_ENDPOINTS", "PYTEST_ADDOPTS", "PYTHONHOME"] {
             pytest.env_remove(option);

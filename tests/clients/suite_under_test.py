@@ -12,6 +12,7 @@ import sys
 DEFAULTS = {
     "etcd3": ["client.Etcd3Client.__init__", "client.client"],
     "aetcd": ["client.Client.__init__"],
+    "etcd3gw": ["client.Etcd3Client.__init__"],
 }
 
 

@@ -76,7 +76,9 @@ impl Member {
             member.peer_port = free_port();
             match member.run().await {
                 Ok(()) => break,
-                Err(log) if attempt == 3 || !log.contains("address already in use") => {
+                Err(log)
+                    if attempt == 3 || !log.to_lowercase().contains("address already in use") =>
+                {
                     panic!("{kind:?} did not start:\n{log}")
                 }
                 Err(_) => {}

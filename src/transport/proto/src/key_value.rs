@@ -4,6 +4,8 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use prost::encoding::{DecodeContext, WireType, decode_varint, encode_key, encode_varint};
 use prost::{DecodeError, Message};
 
+use crate::json::{Error, Input, Json, Object};
+
 /// One revision of a key, parsed.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct KeyValue {
@@ -99,6 +101,75 @@ impl Message for KeyValueBytes {
 
     fn clear(&mut self) {
         self.0.clear();
+    }
+}
+
+impl Json for KeyValue {
+    fn fields(&self, out: &mut Object<'_>) {
+        if !self.key.is_empty() {
+            out.bytes("key", &self.key);
+        }
+        for (name, value) in [
+            ("create_revision", self.create_revision),
+            ("mod_revision", self.mod_revision),
+            ("version", self.version),
+        ] {
+            if value != 0 {
+                out.int64(name, value);
+            }
+        }
+        if !self.value.is_empty() {
+            out.bytes("value", &self.value);
+        }
+        if self.lease != 0 {
+            out.int64("lease", self.lease);
+        }
+    }
+
+    fn field(&mut self, name: &str, seen: &mut u64, input: &mut Input<'_>) -> Result<bool, Error> {
+        let (index, number) = match name {
+            "key" | "value" => {
+                let (index, bytes) =
+                    if name == "key" { (0, &mut self.key) } else { (1, &mut self.value) };
+                if input.first(seen, index, name)? {
+                    *bytes = input.bytes(name)?;
+                }
+                return Ok(true);
+            }
+            "create_revision" | "createRevision" => (2, &mut self.create_revision),
+            "mod_revision" | "modRevision" => (3, &mut self.mod_revision),
+            "version" => (4, &mut self.version),
+            "lease" => (5, &mut self.lease),
+            _ => return Ok(false),
+        };
+        if input.first(seen, index, name)? {
+            *number = input.int64(name)?;
+        }
+        Ok(true)
+    }
+}
+
+impl Json for KeyValueBytes {
+    fn fields(&self, out: &mut Object<'_>) {
+        match self.parse() {
+            Ok(kv) => kv.fields(out),
+            Err(error) => out.damaged(error),
+        }
+    }
+
+    fn field(&mut self, name: &str, seen: &mut u64, input: &mut Input<'_>) -> Result<bool, Error> {
+        let mut kv = KeyValue::default();
+        let known = kv.field(name, seen, input)?;
+        // Fields of protobuf may follow each other in any order and number.
+        self.0 = [&self.0[..], &kv.encode_to_vec()].concat().into();
+        Ok(known)
+    }
+
+    fn read(&mut self, input: &mut Input<'_>) -> Result<(), Error> {
+        let mut kv = KeyValue::default();
+        input.object(&mut kv)?;
+        *self = KeyValueBytes::from(&kv);
+        Ok(())
     }
 }
 

@@ -6,6 +6,7 @@
 
 #![allow(clippy::all, clippy::pedantic, rustdoc::all)]
 
+pub mod json;
 mod key_value;
 
 pub use key_value::{KeyValue, KeyValueBytes};
