@@ -472,7 +472,7 @@ fn caller() -> impl Strategy<Value = (&'static str, Option<i64>)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1500))]
+    #![proptest_config(ProptestConfig::with_cases(800))]
 
     /// Questions come while users and roles change, so that nothing merged is left behind by a change.
     #[test]
