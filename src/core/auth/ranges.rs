@@ -171,7 +171,8 @@ mod tests {
     use super::*;
 
     /// Permissions, and whether they cover ranges, from the tree of etcd 3.7.1. Every third line has
-    /// permissions without a key; all have questions for ranges without one.
+    /// permissions without a key, the last twelve such that hide keys from it; all have questions for ranges
+    /// without one.
     const RECORDED: &str = include_str!("ranges.txt");
 
     fn bytes(hex: &str) -> Bytes {
