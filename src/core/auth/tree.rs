@@ -207,21 +207,6 @@ impl Tree {
         }
     }
 
-    /// Whether an interval is found that has a key in it.
-    pub fn has(&self, key: &[u8]) -> bool {
-        let end = [key, b"\0"].concat();
-        let mut at = self.root;
-        while at != NIL {
-            let node = self.node(at);
-            if place((key, &end), node.interval()).is_eq() {
-                return true;
-            }
-            let goes_left = node.left != NIL && compare(&self.node(node.left).max, key).is_gt();
-            at = if goes_left { node.left } else { node.right };
-        }
-        false
-    }
-
     /// Whether intervals are found that cover another one together; an empty end is beyond all keys.
     pub fn cover(&self, begin: &[u8], end: &[u8]) -> bool {
         let mut found = None;
