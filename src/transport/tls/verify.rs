@@ -41,7 +41,7 @@ impl Allowed {
             Allowed::Any => true,
             Allowed::CommonNames(names) => {
                 let own = common_name(leaf).unwrap_or_default();
-                names.iter().any(|name| *name == own)
+                names.contains(&own)
             }
             Allowed::Hostnames(names) => {
                 let parsed = ParsedCertificate::try_from(leaf)?;
