@@ -707,7 +707,7 @@ fn snapshots_that_are_not_in_order_are_refused_and_leave_nothing() {
     run(async {
         let (listener, url) = listening();
         let members = membership(CLUSTER, 1, &[(1, &url), (2, &nobody())], &[9]);
-        let options = Options { read_timeout: Duration::from_millis(300), ..OPTIONS };
+        let options = Options { read_timeout: Duration::from_millis(300) };
         let mut node = Node::with(listener, members, options, Vec::new());
         let envelope = |message: &RaftMessage| {
             let bytes = prost::Message::encode_to_vec(message);

@@ -1,6 +1,7 @@
 //! What members ask of each other apart from raft's messages, and a snapshot, over TLS.
 
 use quorate_proto::etcdserverpb as pb;
+use tokio::task::JoinSet;
 use tokio_stream::wrappers::ReceiverStream;
 
 use crate::deck::Deck;
@@ -61,11 +62,19 @@ fn a_member_that_is_far_behind_is_sent_a_snapshot() {
         cluster.kill(behind);
         let leader = cluster.leader().await;
         let client = cluster.client(leader);
-        let value = vec![b'v'; 20_000];
-        let mut revision = 0;
-        for n in 0..200 {
-            revision = client.put(&format!("k{n}"), value.clone()).await.unwrap();
+        // The log is compacted in steps of a thousand entries.
+        let mut puts = JoinSet::new();
+        for n in 0..50 {
+            let client = client.clone();
+            puts.spawn(async move {
+                let mut last = 0;
+                for m in 0..50 {
+                    last = client.put(&format!("k{n}"), format!("{m:0>1000}")).await.unwrap();
+                }
+                last
+            });
         }
+        let revision = puts.join_all().await.into_iter().max().unwrap();
         cluster.run(behind);
         cluster.wait_serving(behind).await;
         cluster.equal_hashes(&[0, 1, 2], revision).await;
