@@ -40,8 +40,7 @@ impl Allowed {
         let found = match self {
             Allowed::Any => true,
             Allowed::CommonNames(names) => {
-                let own = common_name(leaf).unwrap_or_default();
-                names.contains(&own)
+                common_name(leaf).is_some_and(|own| names.contains(&own))
             }
             Allowed::Hostnames(names) => {
                 let parsed = ParsedCertificate::try_from(leaf)?;
