@@ -9,8 +9,10 @@
 mod access;
 mod advisories;
 mod call;
+mod jwt;
 mod rig;
 // The wire tests use more of it.
 #[allow(dead_code)]
 #[path = "../wire/server.rs"]
 mod server;
+mod tokens;
