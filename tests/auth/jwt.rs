@@ -198,7 +198,11 @@ async fn what_others_sign() {
             let later = with(&[("exp", json!(unix_now() + 100_000)), ("other", json!("ignored"))]);
             assert_eq!(of(&later).get("k").await, Ok(None), "{name}");
             let ahead = with(&[("revision", json!(1000))]);
-            assert_eq!(of(&ahead).get("k").await, Ok(None), "{name}");
+            // A read asks whether the revision has moved since, in either direction.
+            assert_eq!(of(&ahead).get("k").await, Err(old_revision()), "{name}");
+            assert_eq!(of(&ahead).put("l", "v").await, Err(denied()), "{name}");
+            let detached = Call::DeleteRange(crate::access::delete("k", ""));
+            assert_eq!(of(&ahead).call(&detached).await, Ok(()), "{name}");
             // Who knows the key says who calls.
             let root = of(&with(&[("username", json!("root"))]));
             assert_eq!(root.call(&Call::UserList).await, Ok(()), "{name}");
@@ -215,6 +219,10 @@ async fn what_others_sign() {
                 ("no revision", vec![("revision", Value::Null)]),
                 ("words for a revision", vec![("revision", json!("9"))]),
             ] {
+                // 3.4 takes claims for granted and ends over one that is missing.
+                if kind == Kind::Etcd && what != "expired" {
+                    continue;
+                }
                 let told = of(&with(&change)).get("k").await;
                 assert_eq!(told, Err(invalid()), "{name}: {what}");
             }
