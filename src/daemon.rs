@@ -33,7 +33,7 @@ use crate::bootstrap::{self, Birth, BootstrapError, Plan};
 use crate::cli::ETCD_VERSION;
 use crate::config::duration::GoDuration;
 use crate::config::{Config, ConfigError, EngineKind, Gate, Origins, Retention, Url};
-use crate::core::apply::{Machine, RestoreError, STORAGE_VERSION};
+use crate::core::apply::{Machine, STORAGE_VERSION};
 use crate::core::autocompact::{self, AutoCompaction};
 use crate::core::cluster_version;
 use crate::core::command::{Command, Request};
@@ -52,12 +52,14 @@ use crate::storage::wal_log::{self, Recovered, WalLog};
 use crate::transport::http::member::HttpMember;
 use crate::transport::http::status::{ClientRules, client_router, metrics_router};
 use crate::transport::listener::{self, Bound, Served, Services, Workers};
+use crate::transport::login::Passwords;
 use crate::transport::member::{Limits, Member};
 use crate::transport::peer;
 use crate::transport::peer::hashkv::Asker;
 use crate::transport::peer::network::{self, Net, Network, RaftLink};
 use crate::transport::peer::server::Door;
 use crate::transport::peer::snapshot::{FromEngine, Snapshots};
+use crate::transport::token::{SystemClock, Tokens};
 
 /// File descriptors that are kept for everything but client connections (operations 1.4).
 const RESERVED_FILES: u64 = 150;
@@ -95,8 +97,6 @@ enum StartError {
     Install(#[from] InstallError),
     #[error("storage engine: {0}")]
     Engine(#[from] engine_api::EngineError),
-    #[error(transparent)]
-    Restore(#[from] RestoreError),
     #[error("raft log: {0}")]
     Raft(#[from] crate::core::raft::RaftError),
     #[error(transparent)]
@@ -472,6 +472,9 @@ fn bind_all(
 async fn start(config: &Config) -> Result<Daemon, StartError> {
     log_settings(config);
     check_directory(config)?;
+    let ttl = Duration::from_secs(config.auth.token_ttl_s);
+    let tokens = Tokens::new(&config.auth.token, ttl, Box::new(SystemClock::default()));
+    let tokens = Arc::new(tokens.map_err(|error| ConfigError::AuthToken(full(&error)))?);
     let disk: SharedDisk = Arc::new(OsDisk);
     let plan = Plan::of(config, wal_log::has_log(&*disk, &config.member.wal_dir())?);
     bootstrap::check_first_start(
@@ -547,8 +550,17 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     }
     let mut running = Running { arbiters: Vec::new() };
     let peers_thread = running.arbiter("peers");
-    let Started { member, wal, door } =
-        running.start_actors(config, found, node, &shared, &exit, disk, snapshots, &peers_thread);
+    let Started { member, wal, door } = running.start_actors(
+        config,
+        found,
+        node,
+        &shared,
+        &exit,
+        disk,
+        snapshots,
+        &peers_thread,
+        tokens,
+    );
 
     let services = Arc::new(Services::new(
         &member,
@@ -657,6 +669,7 @@ impl Running {
         disk: SharedDisk,
         snapshots: SnapDir,
         peers_thread: &ArbiterHandle,
+        tokens: Arc<Tokens>,
     ) -> Started {
         let raft_seat = Seat::<RaftActor>::new(raft::MAILBOX);
         let wal_seat = Seat::<WalWriter>::new(wal::MAILBOX);
@@ -690,8 +703,9 @@ impl Running {
                 fast_keep_alive: config.gates.enabled(Gate::FastLeaseKeepAlive),
                 warning_unary: config.observe.warning_unary_request_duration,
                 warning_apply: config.observe.warning_apply_duration,
-                bcrypt_cost: config.auth.bcrypt_cost,
             },
+            tokens: tokens.clone(),
+            passwords: Passwords::new(config.auth.bcrypt_cost),
             metrics: Metrics::global(),
             stopping: watch::Sender::new(false),
             next_stream: AtomicU64::new(1),
@@ -771,6 +785,7 @@ impl Running {
             installed: snapshot_seat.addr().recipient(),
             installer: found.installer,
             peers: network_seat.addr().recipient(),
+            tokens,
             exit: exit.clone(),
         };
         let start = Index(found.recovered.start.index());
@@ -1198,10 +1213,10 @@ async fn publish(member: &Arc<Member>, peers: &dyn Peers, config: &Config) -> bo
     loop {
         let proposed = match log_needs_v2(member, peers).await {
             Err(error) => Err(error),
-            Ok(false) => member.propose(request.clone()).await,
+            Ok(false) => member.propose_own(request.clone()).await,
             Ok(true) => {
                 let encode = |c: &Command| c.encode_v2().unwrap_or_else(|| c.encode());
-                member.propose_as(request.clone(), encode).await
+                member.propose_own_as(request.clone(), encode).await
             }
         };
         let error = match proposed {

@@ -4,7 +4,7 @@
 //!      actors/compactor.rs, `Checkpoint` from transport and the daemon, `Flush` from actors/export.rs
 //! out: `Applied`, `ConfChanged` to actors/raft.rs; `Events` to actors/watch.rs; `LeaseChanges` to
 //!      actors/lease.rs; `Members` to the peer network; `Commit` to actors/committer.rs; `Compacted` to actors/compactor.rs;
-//!      `TakeSnapshot` to actors/snapshot.rs
+//!      `TakeSnapshot` to actors/snapshot.rs; logins and what ends them to a [`TokenSink`]
 //!
 //! After each batch of entries: publish, then tell the followers of the store, then answer callers. So
 //! a caller that has its answer finds its write in every read, watch and lease call that it makes next.
@@ -33,7 +33,7 @@ use crate::actors::raft::{
 use crate::actors::shared::{Published, Shared};
 use crate::actors::snapshot::{Installed, TakeSnapshot};
 use crate::actors::watch::Events;
-use crate::core::apply::{Effects, Kind, Machine, Outcome, Reply};
+use crate::core::apply::{Effects, Kind, Machine, Outcome, Reply, TokenChange};
 use crate::core::command::{Command, Request};
 use crate::core::event::EventKind;
 use crate::core::membership::{ChangeContext, Membership, Version};
@@ -76,6 +76,16 @@ pub struct Checkpoint(pub oneshot::Sender<Index>);
 #[rtype(result = "()")]
 pub struct Flush(pub oneshot::Sender<Index>);
 
+/// Who is told of logins and of what ends them, in the order of the log, before any of it can be read.
+pub trait TokenSink: Send + Sync {
+    /// A token came or went.
+    fn changed(&self, change: &TokenChange);
+    /// Users were replaced: the tokens of those that `lasts` denies are not good any more.
+    fn replaced(&self, lasts: &dyn Fn(&str) -> bool);
+    /// Entries were applied, and what they made is published.
+    fn applied(&self);
+}
+
 /// When a batch for the engine is cut, and what else the applier is told once.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
@@ -117,6 +127,7 @@ pub struct Links {
     pub installer: Installer,
     /// The peer network.
     pub peers: Recipient<Members>,
+    pub tokens: Arc<dyn TokenSink>,
     pub exit: Exit,
 }
 
@@ -230,7 +241,12 @@ impl Applier {
             }
         }
         drop(values);
+        // Whoever reads that the login is applied knows its token as well.
+        for change in &effects.tokens {
+            self.links.tokens.changed(change);
+        }
         self.publish(&effects);
+        self.links.tokens.applied();
         self.spread(effects);
         for (id, result, term) in answers {
             let Some(waiter) = self.waiters.remove(&id) else { continue };
@@ -269,6 +285,11 @@ impl Applier {
         let engine = self.links.installer.install(snapshot)?;
         let restored = self.machine.replaced_by(&*engine.view()?)?;
         let before = self.machine.store.now().compact_revision();
+        // Among what was skipped a user may have been deleted, or have got another password.
+        let (old, new) = (&self.machine.auth, &restored.machine.auth);
+        if old.revision() != new.revision() {
+            self.links.tokens.replaced(&|user| old.tokens_last(user, new));
+        }
         self.machine = restored.machine;
         let now = self.machine.store.now();
         let (revision, compacted) = (now.revision(), now.compact_revision());
@@ -281,6 +302,7 @@ impl Applier {
         self.snapshot_wanted = false;
         self.last_durable = Instant::now();
         shared.published.store(Arc::new(Published::of(&self.machine, engine, None)));
+        self.links.tokens.applied();
         drop(reclaiming);
         // The hub has not been told of anything in between: it reads it from the new store.
         self.links.watch.do_send(Events {
@@ -758,7 +780,7 @@ mod tests {
             ..Default::default()
         };
         let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
-        assert_eq!(rig.watch.send(Ask { stream, request }).await, Ok(true));
+        assert_eq!(rig.watch.send(Ask { stream, request, permission: Ok(()) }).await, Ok(true));
         responses
     }
 

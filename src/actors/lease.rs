@@ -19,6 +19,7 @@ use crate::actors::answer;
 use crate::actors::raft::{AsLeader, Proposal, RaftActor};
 use crate::actors::shared::Shared;
 use crate::core::apply::LeaseChange;
+use crate::core::auth::access::Caller;
 use crate::core::command::{Command, Request};
 use crate::core::lease::{
     CHECKPOINT_BATCH, EXPIRED_PER_TICK, EXPIRY_TICK_MS, LeaseTable, Lessor, LessorError,
@@ -156,8 +157,11 @@ impl LeaseManager {
             self.revoking += 1;
             tracing::debug!("lease-id" = %id, "lease expired");
             let request = Request::LeaseRevoke(pb::LeaseRevokeRequest { id: id.0 });
+            // Nobody else may be permitted to write all of its keys.
+            let auth = self.shared.published.load().auth.clone();
+            let caller = if auth.enabled() { Caller::root(&auth) } else { Caller::NOBODY };
             // An entry that was lost with its leader is never answered; it must not keep its place.
-            let done = tokio::time::timeout(self.retry, self.propose(request));
+            let done = tokio::time::timeout(self.retry, self.propose(caller, request));
             ctx.spawn(done.into_actor(self).map(|done, this, ctx| {
                 this.revoking -= 1;
                 if matches!(done, Ok(Ok(Ok(_)))) {
@@ -174,12 +178,18 @@ impl LeaseManager {
             .map(|(id, remaining_ttl)| pb::LeaseCheckpoint { id: id.0, remaining_ttl })
             .collect();
         // Nobody waits: a checkpoint that is lost is made again at the next interval.
-        drop(self.propose(Request::LeaseCheckpoint(pb::LeaseCheckpointRequest { checkpoints })));
+        let request = Request::LeaseCheckpoint(pb::LeaseCheckpointRequest { checkpoints });
+        drop(self.propose(Caller::NOBODY, request));
     }
 
-    fn propose(&self, request: Request) -> oneshot::Receiver<crate::actors::raft::Answer> {
+    fn propose(
+        &self,
+        caller: Caller,
+        request: Request,
+    ) -> oneshot::Receiver<crate::actors::raft::Answer> {
         let id = self.shared.next_id();
-        let data = Command::new(id, request).encode();
+        let Caller { username, revision: auth_revision } = caller;
+        let data = Command { id, username, auth_revision, request }.encode();
         let (reply, done) = oneshot::channel();
         let proposals = vec![Proposal { id, data, reply }];
         // At most REVOKES_IN_FLIGHT and one batch of checkpoints a tick.

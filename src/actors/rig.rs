@@ -25,7 +25,7 @@ use crate::actors::snapshot::{self, Snapshotter};
 use crate::actors::spawn::Seat;
 use crate::actors::wal::{Close, WalWriter};
 use crate::actors::watch::WatchHub;
-use crate::core::apply::Machine;
+use crate::core::apply::{Machine, TokenChange};
 use crate::core::autocompact::{AutoCompaction, Retention};
 use crate::core::command::{Command, Request};
 use crate::core::lease::LessorOptions;
@@ -104,6 +104,17 @@ pub fn installer(disk: SharedDisk, dir: &Path, persistent: bool) -> Installer {
     Installer::new(disk, snaps, engine, open, version())
 }
 
+/// Forgets all logins.
+struct NoTokens;
+
+impl applier::TokenSink for NoTokens {
+    fn changed(&self, _: &TokenChange) {}
+
+    fn replaced(&self, _: &dyn Fn(&str) -> bool) {}
+
+    fn applied(&self) {}
+}
+
 impl Rig {
     /// A member that has just joined: its log and its engine are empty.
     pub fn start(dir: &Path, persistent: bool) -> Rig {
@@ -172,6 +183,7 @@ impl Rig {
             installed: snapshotter.recipient(),
             installer,
             peers: probe.clone().recipient(),
+            tokens: Arc::new(NoTokens),
             exit: exit.clone(),
         };
         let options = applier::Options {

@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use crate::actors::exit::Exit;
 use crate::actors::shared::{Shared, SharedHistory};
 use crate::core::event::{Event, HistoryError};
-use crate::core::watch::{Hub, StreamId};
+use crate::core::watch::{CancelReason, Hub, StreamId};
 use crate::metrics::Metrics;
 
 /// Changes just applied: whole main revisions, in order, up to `revision`.
@@ -73,6 +73,8 @@ pub struct Open {
 pub struct Ask {
     pub stream: StreamId,
     pub request: WatchRequest,
+    /// Whether the client may have the watcher that the request creates, if it does.
+    pub permission: Result<(), CancelReason>,
 }
 
 /// Whether a stream has room for answers. One that is closed has: nothing is kept for it.
@@ -227,7 +229,7 @@ impl Handler<Ask> for WatchHub {
     fn handle(&mut self, ask: Ask, ctx: &mut Self::Context) -> bool {
         let stream = ask.stream;
         let history = SharedHistory::new(&self.shared);
-        self.hub.request(stream, ask.request, Ok(()), &history, self.shared.now());
+        self.hub.request(stream, ask.request, ask.permission, &history, self.shared.now());
         drop(history);
         self.after(Ok(()), ctx);
         !self.streams.contains_key(&stream) || self.hub.has_room(stream)
@@ -304,7 +306,7 @@ mod tests {
             let create =
                 WatchCreateRequest { key: "k".into(), range_end: "l".into(), ..Default::default() };
             let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
-            assert_eq!(hub.send(Ask { stream, request }).await, Ok(true));
+            assert_eq!(hub.send(Ask { stream, request, permission: Ok(()) }).await, Ok(true));
             assert!(keys(&mut responses).await.is_empty(), "created");
 
             let mut tell = |key: &str| {

@@ -4,7 +4,6 @@
 use super::Config;
 use super::error::ConfigError;
 use super::flags::{FILE_ONLY, FLAGS};
-use super::types::AuthToken;
 use super::url::Url;
 
 /// Flags that must be left at their default, and what they belong to.
@@ -60,7 +59,6 @@ const BY_VALUE: &[(&str, fn(&Config) -> bool, &str)] = &[
     ("listen-metrics-urls", |c| any_tls(&c.listen.metrics_urls), "TLS"),
     ("initial-advertise-peer-urls", |c| any_tls(&c.cluster.advertise_peer_urls), "TLS"),
     ("advertise-client-urls", |c| any_tls(&c.cluster.advertise_client_urls), "TLS"),
-    ("auth-token", |c| matches!(c.auth.token, AuthToken::Jwt(_)), "jwt"),
 ];
 
 fn any_tls(urls: &[Url]) -> bool {

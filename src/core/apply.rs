@@ -17,6 +17,7 @@ use quorate_proto::etcdserverpb::alarm_request::AlarmAction;
 use quorate_proto::raftpb;
 
 use super::alarm::Alarms;
+use super::auth::access::{self, Caller};
 use super::auth::password::Salt;
 use super::auth::{self, AuthError, AuthStore};
 use super::command::{Command, CommandError, Request};
@@ -91,19 +92,6 @@ pub enum Fatal {
     Read(ReadError),
 }
 
-/// Why the state that an engine holds cannot be served.
-#[derive(thiserror::Error, Debug)]
-pub enum RestoreError {
-    #[error("storage engine: {0}")]
-    Engine(#[from] EngineError),
-    /// Anyone could read and write what the users' permissions are to protect.
-    #[error(
-        "authentication is enabled in the stored data, and this server does not enforce it yet: \
-         refusing to serve the data without it"
-    )]
-    AuthEnabled,
-}
-
 /// What a request answers, header revision included.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Reply {
@@ -117,6 +105,11 @@ pub enum Reply {
     LeaseCheckpoint(pb::LeaseCheckpointResponse),
     Alarm(pb::AlarmResponse),
     AuthStatus(pb::AuthStatusResponse),
+    /// The simple token, empty if none was proposed, and the revision of users and roles that it is of.
+    Authenticate {
+        token: String,
+        auth_revision: u64,
+    },
     UserGet(pb::AuthUserGetResponse),
     UserList(pb::AuthUserListResponse),
     RoleGet(pb::AuthRoleGetResponse),
@@ -141,6 +134,17 @@ pub enum LeaseChange {
     },
 }
 
+/// A simple token that came or went, for those who tell users by them.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum TokenChange {
+    /// A user has shown its password.
+    Assigned { username: String, token: String },
+    /// No token of this user is good any more.
+    Ended { username: String },
+    /// No token of anyone is good any more.
+    AllEnded,
+}
+
 /// What applying an entry did besides its reply.
 #[derive(Default, Debug)]
 pub struct Effects {
@@ -149,8 +153,10 @@ pub struct Effects {
     /// Compactions that took effect, in the order of their revisions.
     pub compactions: Vec<Scheduled>,
     pub alarms: bool,
-    /// Users or roles.
+    /// Whether users are asked for, or users or roles.
     pub auth: bool,
+    /// In order.
+    pub tokens: Vec<TokenChange>,
     pub members: bool,
     pub cluster_version: bool,
 }
@@ -293,9 +299,9 @@ fn restore_auth(view: &dyn View) -> Result<AuthStore, EngineError> {
         Some([1]) => true,
         Some(_) => return Err(corrupt(Table::Auth, auth::ENABLED, "neither 0 nor 1")),
     };
-    store.restore_state(enabled, counter(view, Table::Auth, auth::REVISION)?);
     each(view, Table::AuthUsers, |_, value| store.restore_user(value))?;
     each(view, Table::AuthRoles, |_, value| store.restore_role(value))?;
+    store.restore_state(enabled, counter(view, Table::Auth, auth::REVISION)?);
     Ok(store)
 }
 
@@ -319,13 +325,13 @@ impl Machine {
     /// Reads all state that an engine holds.
     ///
     /// # Errors
-    /// `AuthEnabled`; `Corrupt`, naming table and key.
+    /// `Corrupt`, naming table and key.
     pub fn restore(
         view: &dyn View,
         members: Membership,
         ttl_min_s: i64,
         server: Version,
-    ) -> Result<Restored, RestoreError> {
+    ) -> Result<Restored, EngineError> {
         let Stored { applied, term, members } = Stored::read(view, members)?;
         let mut machine = Machine::new(members, ttl_min_s, server);
         machine.applied = applied;
@@ -337,9 +343,6 @@ impl Machine {
             machine.alarms.restore(key).map_err(|error| error.to_string())
         })?;
         machine.auth = restore_auth(view)?;
-        if machine.auth.enabled() {
-            return Err(RestoreError::AuthEnabled);
-        }
         let restored = Store::restore(view)?;
         machine.store = restored.store;
         let mut orphans = 0;
@@ -354,7 +357,7 @@ impl Machine {
     ///
     /// # Errors
     /// As [`Machine::restore`].
-    pub fn replaced_by(&self, view: &dyn View) -> Result<Restored, RestoreError> {
+    pub fn replaced_by(&self, view: &dyn View) -> Result<Restored, EngineError> {
         let Membership { cluster_id, local, learners_max, .. } = self.members;
         let blank = Membership::new(cluster_id, local, learners_max);
         Machine::restore(view, blank, self.leases.ttl_min(), self.server)
@@ -482,12 +485,12 @@ impl Machine {
         self.ops.put(Table::Members, id.to_string(), json);
     }
 
-    /// Executes one request. The order of the checks is etcd's: CORRUPT, NOSPACE, execution.
+    /// Executes one request. The order of the checks is etcd's: CORRUPT, NOSPACE, the user, execution.
     fn request(
         &mut self,
         values: &Values<'_>,
         index: Index,
-        Command { id, request, .. }: Command,
+        Command { id, username, auth_revision, request }: Command,
         answered: bool,
         effects: &mut Effects,
     ) -> Result<Result<Reply, ApplyError>, Fatal> {
@@ -507,6 +510,13 @@ impl Machine {
         }
         if self.alarms.any(AlarmType::Nospace) && quota::cost(&request) > 0 {
             return Ok(Err(ApplyError::NoSpace));
+        }
+        if self.auth.enabled() {
+            let caller = Caller { username, revision: auth_revision };
+            let need = access::need_of_entry(&request);
+            if let Err(error) = self.auth.check(&caller, &need, &self.leases) {
+                return Ok(Err(error.into()));
+            }
         }
         macro_rules! txn {
             () => {
@@ -604,26 +614,34 @@ impl Machine {
                 header: header(self.store.now().revision()),
                 roles: self.auth.role_names(),
             })),
-            Request::AuthEnable(_) => match self.auth.check_enable() {
-                // Nothing here asks who sends a request: going on would open all data to anyone.
-                Ok(()) => return Err(Fatal::Unsupported(index, "enabling authentication")),
-                Err(error) => Err(error.into()),
-            },
+            Request::AuthEnable(_) => self.auth(effects, |auth, batch| auth.enable(batch)),
             Request::AuthDisable(_) => self.auth(effects, |auth, batch| {
                 auth.disable(batch);
                 Ok(())
             }),
-            Request::Authenticate(_) => Err(AuthError::NotEnabled.into()),
+            Request::Authenticate(login) => {
+                self.auth.check_login(&login.name).map_err(Into::into).map(|()| {
+                    // Empty where the member that proposed it signs its tokens.
+                    let mut token = login.simple_token;
+                    if !token.is_empty() {
+                        token = format!("{token}.{index}");
+                        let (username, token) = (login.name, token.clone());
+                        effects.tokens.push(TokenChange::Assigned { username, token });
+                    }
+                    Reply::Authenticate { token, auth_revision: self.auth.revision() }
+                })
+            }
             Request::AuthUserAdd(add) => {
                 let salt = Salt { id, index: index.0 };
                 self.auth(effects, |auth, batch| auth.user_add(&add, &salt, batch))
             }
-            Request::AuthUserDelete(delete) => {
-                self.auth(effects, |auth, batch| auth.user_delete(&delete.name, batch))
-            }
+            Request::AuthUserDelete(delete) => self
+                .auth(effects, |auth, batch| auth.user_delete(&delete.name, batch))
+                .inspect(|_| effects.tokens.push(TokenChange::Ended { username: delete.name })),
             Request::AuthUserChangePassword(change) => {
                 let salt = Salt { id, index: index.0 };
                 self.auth(effects, |auth, batch| auth.user_change_password(&change, &salt, batch))
+                    .inspect(|_| effects.tokens.push(TokenChange::Ended { username: change.name }))
             }
             Request::AuthUserGrantRole(grant) => self
                 .auth(effects, |auth, batch| auth.user_grant_role(&grant.user, &grant.role, batch)),
@@ -650,15 +668,20 @@ impl Machine {
         Ok(result)
     }
 
-    /// Makes a change of users or roles.
+    /// Makes a change of users or roles, or of whether they are asked for.
     fn auth(
         &mut self,
         effects: &mut Effects,
         change: impl FnOnce(&mut AuthStore, &mut Batch) -> Result<(), AuthError>,
     ) -> Result<Reply, ApplyError> {
-        let before = self.auth.revision();
+        let state = |auth: &AuthStore| (auth.enabled(), auth.revision());
+        let before = state(&self.auth);
         change(&mut self.auth, &mut self.ops)?;
-        effects.auth |= self.auth.revision() != before;
+        let after = state(&self.auth);
+        effects.auth |= after != before;
+        if before.0 && !after.0 {
+            effects.tokens.push(TokenChange::AllEnded);
+        }
         Ok(Reply::Done)
     }
 

@@ -21,7 +21,7 @@ use quorate_proto::{raftpb, walpb};
 use super::FileError;
 use super::snap_dir::{SnapDir, SnapError};
 use crate::actors::disk::{Open, SharedDisk};
-use crate::core::apply::{CONSISTENT_INDEX, RestoreError, STORAGE_VERSION, Stored, TERM};
+use crate::core::apply::{CONSISTENT_INDEX, STORAGE_VERSION, Stored, TERM};
 use crate::core::bbolt::{BboltError, Reader};
 use crate::core::membership::{Member, Membership, Version};
 use crate::core::snap::V2Membership;
@@ -44,8 +44,6 @@ pub enum InstallError {
     Snapshots(#[from] SnapError),
     #[error("storage engine: {0}")]
     Engine(#[from] EngineError),
-    #[error(transparent)]
-    Restore(#[from] RestoreError),
     #[error("database {}: {source}", path.display())]
     Database {
         path: PathBuf,

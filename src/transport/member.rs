@@ -12,6 +12,7 @@ use std::time::Duration;
 use actix::prelude::*;
 use bytes::Bytes;
 use tokio::sync::{oneshot, watch};
+use tonic::Status;
 
 use crate::actors::applier::Applier;
 use crate::actors::compactor::Compactor;
@@ -22,6 +23,7 @@ use crate::actors::raft::{
 };
 use crate::actors::shared::{Published, Shared};
 use crate::actors::watch::WatchHub;
+use crate::core::auth::access::{Asked, Caller, need};
 use crate::core::command::{Command, Request};
 use crate::core::mvcc::hash::KvHash;
 use crate::core::mvcc::{ReadError, Values};
@@ -29,6 +31,10 @@ use crate::core::quota::{self, Quota};
 use crate::core::reconfig::{self, Silence};
 use crate::core::types::{LeaseId, MemberId};
 use crate::metrics::{Metrics, RequestKind};
+use crate::transport::access;
+use crate::transport::identity::Who;
+use crate::transport::login::Passwords;
+use crate::transport::token::Tokens;
 use quorate_proto::etcdserverpb as pb;
 use quorate_proto::raftpb;
 
@@ -60,8 +66,6 @@ pub struct Limits {
     pub warning_unary: Duration,
     /// A local read that takes longer is logged and counted.
     pub warning_apply: Duration,
-    /// Work in hashing a password; each step doubles it.
-    pub bcrypt_cost: u32,
 }
 
 /// A running member, as its transport sees it.
@@ -74,6 +78,8 @@ pub struct Member {
     pub compactor: Addr<Compactor>,
     pub exit: Exit,
     pub limits: Limits,
+    pub tokens: Arc<Tokens>,
+    pub passwords: Passwords,
     pub metrics: &'static Metrics,
     /// True when the member stops: streams end, new requests are refused.
     pub stopping: watch::Sender<bool>,
@@ -166,20 +172,46 @@ impl Member {
         }
     }
 
-    /// Proposes a request and waits until this member has applied it.
+    /// Proposes a client's request and waits until this member has applied it. The members ask whether
+    /// the client may do it when they apply it.
     ///
     /// # Errors
     /// Any [`RequestError`].
-    pub async fn propose(self: &Arc<Self>, request: Request) -> Result<Answered, RequestError> {
-        self.propose_as(request, Command::encode).await
+    pub async fn propose(
+        self: &Arc<Self>,
+        who: &Who,
+        request: Request,
+    ) -> Result<Answered, RequestError> {
+        let caller = match who.is_nobody() {
+            true => Caller::NOBODY,
+            false => who.at(&self.shared.published.load().auth),
+        };
+        self.propose_encoded(caller, request, Command::encode).await
     }
 
-    /// As [`Member::propose`], with the entry's data as `encode` has it.
+    /// Proposes a request of this member itself, for which nobody is asked.
     ///
     /// # Errors
     /// Any [`RequestError`].
-    pub async fn propose_as(
+    pub async fn propose_own(self: &Arc<Self>, request: Request) -> Result<Answered, RequestError> {
+        self.propose_encoded(Caller::NOBODY, request, Command::encode).await
+    }
+
+    /// As [`Member::propose_own`], with the entry's data as `encode` has it.
+    ///
+    /// # Errors
+    /// Any [`RequestError`].
+    pub async fn propose_own_as(
         self: &Arc<Self>,
+        request: Request,
+        encode: impl FnOnce(&Command) -> Bytes,
+    ) -> Result<Answered, RequestError> {
+        self.propose_encoded(Caller::NOBODY, request, encode).await
+    }
+
+    async fn propose_encoded(
+        self: &Arc<Self>,
+        caller: Caller,
         request: Request,
         encode: impl FnOnce(&Command) -> Bytes,
     ) -> Result<Answered, RequestError> {
@@ -189,7 +221,8 @@ impl Member {
         let kind = RequestKind::of(request.name());
         let started = std::time::Instant::now();
         let id = self.shared.next_id();
-        let data = encode(&Command::new(id, request));
+        let (username, auth_revision) = (caller.username, caller.revision);
+        let data = encode(&Command { id, username, auth_revision, request });
         if data.len() > self.limits.request_bytes_max {
             return Err(RequestError::TooLarge);
         }
@@ -354,7 +387,7 @@ impl Member {
                 alarm: pb::AlarmType::Nospace as i32,
             });
             // Whether or not the alarm went through, there is no room for this request.
-            if let Err(error) = self.propose(alarm).await {
+            if let Err(error) = self.propose_own(alarm).await {
                 tracing::warn!(%error, "failed to raise alarm");
             }
         }
@@ -378,11 +411,38 @@ impl Member {
         }
     }
 
-    /// Reads from the newest published state; once more if a compaction took away what was read.
+    /// Reads for a client what it needs this for, from the newest published state: that state also says
+    /// whether the client may. Once more if a compaction took away what was read.
+    ///
+    /// # Errors
+    /// What the client is told.
+    pub fn read_as<T>(
+        &self,
+        who: &Who,
+        asked: Asked<'_>,
+        mut read: impl FnMut(&Published, &Values<'_>) -> Result<T, ReadError>,
+    ) -> Result<T, Status> {
+        let mut refused = None;
+        let result = self.read_own(|now, values| {
+            // Once more means another state.
+            refused = match now.auth.enabled() {
+                true => access::check(now, who, &need(asked)).err(),
+                false => None,
+            };
+            if refused.is_some() { Ok(None) } else { read(now, values).map(Some) }
+        });
+        match (refused, result?) {
+            (Some(error), _) => Err(error.into()),
+            (None, Some(value)) => Ok(value),
+            (None, None) => unreachable!("what is not refused is read"),
+        }
+    }
+
+    /// Reads for this member itself, for which nobody is asked, as [`Member::read_as`].
     ///
     /// # Errors
     /// What `read` answers.
-    pub fn read<T>(
+    pub fn read_own<T>(
         &self,
         read: impl FnMut(&Published, &Values<'_>) -> Result<T, ReadError>,
     ) -> Result<T, ReadError> {
@@ -403,7 +463,7 @@ impl Member {
     /// `HashKV` with its header.
     ///
     /// # Errors
-    /// As [`Member::read`].
+    /// As [`Member::read_own`].
     pub fn hash_kv(&self, at: i64) -> Result<(KvHash, Option<pb::ResponseHeader>), ReadError> {
         let (hashed, revision, term) = self.stop_if_failed(self.shared.hash_kv(at))?;
         Ok((hashed, self.header_at(revision, term.0)))
@@ -443,9 +503,11 @@ pub(crate) mod tests {
 
     use super::*;
     use crate::actors::spawn::Seat;
+    use crate::config::AuthToken;
     use crate::core::apply::Machine;
     use crate::core::membership::{Membership, Version};
     use crate::core::types::ClusterId;
+    use crate::transport::token::SystemClock;
 
     /// A member whose actors never run, so that nothing sent to them is answered.
     pub struct Silent {
@@ -469,6 +531,9 @@ pub(crate) mod tests {
         let raft = Seat::new(16);
         let leases = Seat::new(16);
         let seats = (Seat::new(16), Seat::new(16), Seat::new(16));
+        let clock = Box::new(SystemClock::default());
+        let ttl = Duration::from_secs(300);
+        let tokens = Tokens::new(&AuthToken::Simple, ttl, clock).expect("no key is needed");
         let member = Arc::new(Member {
             shared,
             raft: raft.addr(),
@@ -489,8 +554,9 @@ pub(crate) mod tests {
                 fast_keep_alive: true,
                 warning_unary: Duration::from_secs(1),
                 warning_apply: Duration::from_secs(1),
-                bcrypt_cost: 4,
             },
+            tokens: Arc::new(tokens),
+            passwords: Passwords::new(4),
             metrics: Box::leak(Box::new(Metrics::new())),
             stopping: watch::Sender::new(false),
             next_stream: AtomicU64::new(1),
@@ -522,9 +588,9 @@ pub(crate) mod tests {
             let committed = &member.shared.raft.committed;
             committed.store(APPLY_LAG_MAX, Ordering::Release);
             // It is let in, and nobody answers.
-            assert!(matches!(member.propose(put(1)).await, Err(RequestError::TimedOut)));
+            assert!(matches!(member.propose_own(put(1)).await, Err(RequestError::TimedOut)));
             committed.store(APPLY_LAG_MAX + 1, Ordering::Release);
-            let refused = member.propose(put(1)).await;
+            let refused = member.propose_own(put(1)).await;
             assert!(matches!(refused, Err(RequestError::TooManyRequests)));
             assert!(silent.raft.addr().connected());
         });
@@ -535,13 +601,13 @@ pub(crate) mod tests {
         actix::System::new().block_on(async {
             let silent = silent(Duration::from_secs(60));
             let member = silent.member.clone();
-            let caller = actix::spawn(async move { member.propose(put(1)).await.map(|_| ()) });
+            let caller = actix::spawn(async move { member.propose_own(put(1)).await.map(|_| ()) });
             tokio::task::yield_now().await;
             assert_eq!(pending(&silent.member), "etcd_server_proposals_pending 1");
             caller.abort();
             assert!(caller.await.unwrap_err().is_cancelled());
             assert_eq!(pending(&silent.member), "etcd_server_proposals_pending 0");
-            let refused = silent.member.propose(put(2000)).await;
+            let refused = silent.member.propose_own(put(2000)).await;
             assert!(matches!(refused, Err(RequestError::TooLarge)));
             assert_eq!(pending(&silent.member), "etcd_server_proposals_pending 0");
         });

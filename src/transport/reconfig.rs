@@ -158,20 +158,22 @@ impl Member {
         Ok(self.change_conf(change(Type::UpdateNode, id, Some(&context))).await?)
     }
 
-    /// Makes learner `id` a voter, or has the leader do it; answers the members after that.
+    /// Makes learner `id` a voter, or has the leader do it for someone who shows `token`; answers the
+    /// members after that.
     ///
     /// # Errors
     /// [`ChangeError`]; never `NotLeader`.
     pub async fn promote_member(
         self: &Arc<Self>,
         id: MemberId,
+        token: Option<&str>,
     ) -> Result<Vec<Record>, ChangeError> {
         match self.promote_here(id).await {
             Ok(()) => {
                 self.metrics.learner_promote_successes.increment(1);
                 Ok(self.now().members.members().cloned().collect())
             }
-            Err(ChangeError::NotLeader) => forward::promote(self, id).await,
+            Err(ChangeError::NotLeader) => forward::promote(self, id, token).await,
             Err(error) => {
                 self.metrics.learner_promote_failures.with(&[&error.text()]).increment(1);
                 Err(error)

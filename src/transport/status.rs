@@ -74,6 +74,12 @@ statuses! {
     no_password_user = Unknown
         "auth: authentication failed, password was given for no password user";
     password_too_long = Unknown "bcrypt: password length exceeds 72 bytes";
+    auth_failed = InvalidArgument
+        "etcdserver: authentication failed, invalid user ID or password";
+    permission_denied = PermissionDenied "etcdserver: permission denied";
+    auth_old_revision = InvalidArgument "etcdserver: revision of auth store is old";
+    invalid_auth_token = Unauthenticated "etcdserver: invalid auth token";
+    verify_only = Unknown "auth: token signing attempted with verify-only key";
     auth_not_enabled = FailedPrecondition "etcdserver: authentication is not enabled";
     no_leader = Unavailable "etcdserver: no leader";
     not_leader = FailedPrecondition "etcdserver: not leader";
@@ -192,6 +198,9 @@ impl From<AuthError> for Status {
             AuthError::PermissionNotGiven => permission_not_given(),
             AuthError::PermissionNotGranted => permission_not_granted(),
             AuthError::InvalidManagement => invalid_auth_mgmt(),
+            AuthError::AuthFailed => auth_failed(),
+            AuthError::PermissionDenied => permission_denied(),
+            AuthError::OldRevision => auth_old_revision(),
         }
     }
 }
@@ -240,6 +249,7 @@ mod tests {
                 "raft proposal dropped",
                 "auth: authentication failed, password was given for no password user",
                 "bcrypt: password length exceeds 72 bytes",
+                "auth: token signing attempted with verify-only key",
             ];
             assert!(text.starts_with("etcdserver: ") || plain.contains(text), "{text}");
         }

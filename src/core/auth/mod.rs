@@ -3,12 +3,18 @@
 //! They can be prepared while authentication is off, which is how a cluster gets ready to switch it on.
 //! Each change counts the auth revision up by one and leaves the revision of the keys alone.
 //!
+//! What a user may do follows from all its roles; it is kept ready for each user, so that a check costs
+//! one look-up. [`access`] decides who may do what.
+//!
 //! **Invariant**: a change is checked whole before anything of it is done, so a refused request leaves
 //! neither the store nor the batch changed.
 
+pub mod access;
 pub mod password;
+mod ranges;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use engine_api::{Batch, Table};
@@ -16,7 +22,10 @@ use prost::Message;
 use quorate_proto::authpb::{Permission, Role, User, permission};
 use quorate_proto::etcdserverpb as pb;
 
+use rustc_hash::FxBuildHasher;
+
 use password::Salt;
+use ranges::Permitted;
 
 /// The user and the role that may do anything. Authentication cannot be switched on without this user
 /// in this role.
@@ -59,6 +68,14 @@ pub enum AuthError {
     PermissionNotGiven,
     #[error("permission is not granted to the role")]
     PermissionNotGranted,
+    /// No such user, or not with this password: which of them is not told.
+    #[error("user name or password is wrong")]
+    AuthFailed,
+    #[error("permission is denied")]
+    PermissionDenied,
+    /// Users or roles have changed since the credential was looked at.
+    #[error("the credential is older than the last change of users and roles")]
+    OldRevision,
     /// Authentication would be left without its root, or a permission is for no key.
     #[error("change of users or roles is not allowed")]
     InvalidManagement,
@@ -71,11 +88,19 @@ pub struct AuthStore {
     revision: u64,
     users: BTreeMap<String, User>,
     roles: BTreeMap<String, Role>,
+    /// Of every user: follows from users and roles.
+    permitted: HashMap<String, Arc<Permitted>, FxBuildHasher>,
 }
 
 impl Default for AuthStore {
     fn default() -> Self {
-        AuthStore { enabled: false, revision: 1, users: BTreeMap::new(), roles: BTreeMap::new() }
+        AuthStore {
+            enabled: false,
+            revision: 1,
+            users: BTreeMap::new(),
+            roles: BTreeMap::new(),
+            permitted: HashMap::default(),
+        }
     }
 }
 
@@ -90,10 +115,12 @@ impl AuthStore {
         self.revision
     }
 
-    /// Takes over what the `auth` bucket says. A revision of 0 stands for one never written.
+    /// Takes over what the `auth` bucket says, after all users and roles. A revision of 0 stands for one
+    /// never written.
     pub fn restore_state(&mut self, enabled: bool, revision: u64) {
         self.enabled = enabled;
         self.revision = revision.max(1);
+        self.merge_all(|_| true);
     }
 
     /// Adds a user read from the bucket.
@@ -128,13 +155,63 @@ impl AuthStore {
         Ok(())
     }
 
-    /// Switches authentication off; nothing happens if it is off.
-    pub fn disable(&mut self, batch: &mut Batch) {
-        if self.enabled {
-            self.enabled = false;
+    /// Switches authentication on; nothing happens if it is on. No revision is counted.
+    ///
+    /// # Errors
+    /// `RootUserNotExist`, `RootRoleNotExist`.
+    pub fn enable(&mut self, batch: &mut Batch) -> Result<(), AuthError> {
+        if !self.enabled {
+            self.check_enable()?;
+            self.enabled = true;
+            batch.put(Table::Auth, ENABLED, &[1][..]);
+        }
+        Ok(())
+    }
+
+    /// Switches authentication off; answers false if it is off already.
+    pub fn disable(&mut self, batch: &mut Batch) -> bool {
+        let disabled = std::mem::take(&mut self.enabled);
+        if disabled {
             batch.put(Table::Auth, ENABLED, &[0][..]);
             self.count_up(batch);
         }
+        disabled
+    }
+
+    /// Whether a user may be given a token. Its password was checked before that was proposed.
+    ///
+    /// # Errors
+    /// `NotEnabled`, `AuthFailed`.
+    pub fn check_login(&self, user: &str) -> Result<(), AuthError> {
+        if !self.enabled {
+            return Err(AuthError::NotEnabled);
+        }
+        match self.users.get(user) {
+            Some(user) if !has_no_password(user) => Ok(()),
+            _ => Err(AuthError::AuthFailed),
+        }
+    }
+
+    /// What a password given by `user` is to be compared with: the text of a hash.
+    ///
+    /// # Errors
+    /// `NotEnabled`, `AuthFailed` for an unknown user, `NoPasswordUser`.
+    pub fn password_of(&self, user: &str) -> Result<&Bytes, AuthError> {
+        if !self.enabled {
+            return Err(AuthError::NotEnabled);
+        }
+        match self.users.get(user) {
+            None => Err(AuthError::AuthFailed),
+            Some(user) if has_no_password(user) => Err(AuthError::NoPasswordUser),
+            Some(user) => Ok(&user.password),
+        }
+    }
+
+    /// Whether tokens that `user` was given under this store are good under another one, of which it is
+    /// not known how it came about: those of a user that is gone or has another password are not.
+    pub fn tokens_last(&self, user: &str, under: &AuthStore) -> bool {
+        let password = |store: &AuthStore| store.users.get(user).map(|user| user.password.clone());
+        under.enabled && password(self).is_some_and(|old| password(under) == Some(old))
     }
 
     /// Adds a user. A password in the clear, as members before 3.5 propose it, is hashed with `salt`.
@@ -180,6 +257,7 @@ impl AuthStore {
             return Err(AuthError::InvalidManagement);
         }
         self.users.remove(user).ok_or(AuthError::UserNotFound)?;
+        self.permitted.remove(user);
         batch.delete(Table::AuthUsers, user.to_string());
         self.count_up(batch);
         Ok(())
@@ -196,7 +274,7 @@ impl AuthStore {
         batch: &mut Batch,
     ) -> Result<(), AuthError> {
         let mut user = self.user(&request.name)?.clone();
-        user.password = if user.options.is_some_and(|options| options.no_password) {
+        user.password = if has_no_password(&user) {
             Bytes::new()
         } else {
             password::chosen(&request.password, &request.hashed_password, salt)?
@@ -383,12 +461,35 @@ impl AuthStore {
 
     fn put_user(&mut self, name: &str, user: User, batch: &mut Batch) {
         batch.put(Table::AuthUsers, name.to_string(), user.encode_to_vec());
+        let permitted = Arc::new(self.merge(&user.roles));
+        self.permitted.insert(name.to_string(), permitted);
         self.users.insert(name.to_string(), user);
     }
 
     fn put_role(&mut self, name: &str, role: Role, batch: &mut Batch) {
         batch.put(Table::AuthRoles, name.to_string(), role.encode_to_vec());
         self.roles.insert(name.to_string(), role);
+        self.merge_all(|user| user.roles.iter().any(|held| held == name));
+    }
+
+    /// What these roles permit together. Role root need not have been added.
+    fn merge(&self, roles: &[String]) -> Permitted {
+        let everything = roles.iter().any(|role| role == ROOT);
+        let held = roles.iter().filter_map(|role| self.roles.get(role));
+        Permitted::merge(everything, held.flat_map(|role| &role.key_permission))
+    }
+
+    /// Merges anew what the users in question have. Those in the same roles share it.
+    fn merge_all(&mut self, in_question: impl Fn(&User) -> bool) {
+        let mut merged: HashMap<&[String], Arc<Permitted>, FxBuildHasher> = HashMap::default();
+        let mut permitted = std::mem::take(&mut self.permitted);
+        for (name, user) in self.users.iter().filter(|(_, user)| in_question(user)) {
+            let of_roles =
+                merged.entry(&user.roles).or_insert_with(|| Arc::new(self.merge(&user.roles)));
+            permitted.insert(name.clone(), of_roles.clone());
+        }
+        drop(merged);
+        self.permitted = permitted;
     }
 
     fn count_up(&mut self, batch: &mut Batch) {
@@ -399,6 +500,10 @@ impl AuthStore {
 
 fn name(bytes: &Bytes) -> Result<String, String> {
     String::from_utf8(bytes.to_vec()).map_err(|error| error.to_string())
+}
+
+fn has_no_password(user: &User) -> bool {
+    user.options.is_some_and(|options| options.no_password)
 }
 
 /// The user without a role; `None` if it does not have it.

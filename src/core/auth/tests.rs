@@ -317,8 +317,16 @@ fn a_root_in_its_role_is_needed_to_enable() {
     assert_eq!(rig.store.check_enable(), Err(AuthError::RootUserNotExist));
     rig.make(true, |s, b| s.user_add(&user_add(ROOT), &SALT, b));
     assert_eq!(rig.store.check_enable(), Err(AuthError::RootRoleNotExist));
+    rig.refuse(AuthError::RootRoleNotExist, |s, b| s.enable(b));
     rig.make(true, |s, b| s.user_grant_role(ROOT, ROOT, b));
     assert_eq!(rig.store.check_enable(), Ok(()));
+    assert_eq!(rig.store.check_login("u"), Err(AuthError::NotEnabled));
+    let revision = rig.store.revision();
+    rig.store.enable(&mut rig.batch).unwrap();
+    assert_eq!((rig.store.enabled(), rig.store.revision()), (true, revision));
+    assert_eq!(rig.kept(Table::Auth, ENABLED), Some(&[1][..]));
+    assert_eq!(rig.restored(), rig.store);
+    rig.make(false, |s, b| s.enable(b));
 }
 
 #[test]
@@ -338,6 +346,7 @@ fn root_stays_while_authentication_is_on() {
     rig.make(true, disable);
     assert_eq!(rig.kept(Table::Auth, ENABLED), Some(&[0][..]));
     rig.make(false, disable);
+    assert_eq!(rig.restored(), rig.store);
     rig.make(true, |s, b| s.role_delete(ROOT, b));
     rig.make(true, |s, b| s.user_delete(ROOT, b));
 }

@@ -1,5 +1,4 @@
-//! `etcdserverpb.Auth`: users and roles are managed while authentication is off, which is how a cluster
-//! prepares for it; switching it on is not supported yet (v3-api 3.12).
+//! `etcdserverpb.Auth`: users, roles and logins (v3-api 3.12).
 
 use std::sync::Arc;
 
@@ -8,11 +7,14 @@ use quorate_proto::etcdserverpb as pb;
 use tonic::{Request, Response, Status};
 
 use crate::core::apply::Reply as Applied;
-use crate::core::auth::password;
+use crate::core::auth::AuthError;
+use crate::core::auth::access::Asked;
 use crate::core::command::Request as Command;
 use crate::metrics::Method;
+use crate::transport::identity::Who;
 use crate::transport::member::Member;
 use crate::transport::status;
+use crate::transport::token::{Issue, IssueError};
 
 /// The service.
 #[derive(Clone)]
@@ -38,6 +40,7 @@ macro_rules! with_header {
 }
 
 with_header!(
+    AuthEnableResponse,
     AuthDisableResponse,
     AuthUserAddResponse,
     AuthUserDeleteResponse,
@@ -51,27 +54,73 @@ with_header!(
 );
 
 impl Auth {
-    async fn propose<R: WithHeader>(self, request: Command) -> Result<R, Status> {
-        let answer = self.0.propose(request).await?;
+    async fn propose<R: WithHeader>(self, who: Who, request: Command) -> Result<R, Status> {
+        let answer = self.0.propose(&who, request).await?;
         let revision = self.0.shared.published.load().store.revision();
         Ok(R::with_header(self.0.header_at(revision, answer.term.0)))
     }
 
-    /// The hash of a password, as it goes into the log: the password itself never does.
-    async fn hashed(&self, clear: String) -> Result<String, Status> {
-        if clear.len() > password::BYTES_MAX {
-            return Err(status::password_too_long());
+    /// The hash of a password, as it goes into the log. It is work, so that someone who may not have it
+    /// stored is refused first.
+    async fn hashed(&self, clear: String, who: &Who, asked: Asked<'_>) -> Result<String, Status> {
+        self.0.permit_now(who, asked).await?;
+        self.0.passwords.hash(clear).await
+    }
+
+    async fn log_in(
+        self,
+        login: pb::AuthenticateRequest,
+    ) -> Result<pb::AuthenticateResponse, Status> {
+        let pb::AuthenticateRequest { name, password } = login;
+        self.0.read_index().await?;
+        loop {
+            let checked = self.check_password(&name, &password).await?;
+            let (simple_token, signed) = match self.0.tokens.issue(&name, checked) {
+                Ok(Issue::Prefix(prefix)) => (prefix, None),
+                Ok(Issue::Signed(token)) => (String::new(), Some(token)),
+                Err(IssueError::VerifyOnly) => return Err(status::verify_only()),
+                Err(error @ (IssueError::NoProvider | IssueError::Failed)) => {
+                    tracing::warn!(user = name, %error, "failed to make a token");
+                    return Err(status::auth_failed());
+                }
+            };
+            // Without the password: it has been looked at.
+            let entry = pb::InternalAuthenticateRequest {
+                name: name.clone(),
+                password: String::new(),
+                simple_token,
+            };
+            let answer = self.0.propose(&Who::NOBODY, Command::Authenticate(entry)).await?;
+            let Applied::Authenticate { token, auth_revision } = answer.reply else {
+                unreachable!("a login answers a login")
+            };
+            if auth_revision == checked {
+                let revision = self.0.shared.published.load().store.revision();
+                let header = self.0.header_at(revision, answer.term.0);
+                return Ok(pb::AuthenticateResponse { header, token: signed.unwrap_or(token) });
+            }
+            // The password may be another one by now.
+            tracing::info!(user = name, "revision when password checked became stale; retrying");
         }
-        let cost = self.0.limits.bcrypt_cost;
-        // Tens of milliseconds by default, twice as long with each step of the cost: other requests of
-        // this thread do not wait for it.
-        let hashing =
-            tokio::task::spawn_blocking(move || bcrypt::hash_with_result(clear, cost)).await;
-        match hashing {
-            Ok(Ok(hash)) => Ok(password::proposed(&hash)),
-            Ok(Err(error)) => Err(Status::unknown(error.to_string())),
-            // The runtime ends, or the process does over a panic.
-            Err(_) => Err(status::stopped()),
+    }
+
+    /// The auth revision at which `clear` is the password of user `name`.
+    async fn check_password(&self, name: &str, clear: &str) -> Result<u64, Status> {
+        let (hash, revision) = {
+            let now = self.0.shared.published.load();
+            let hash = match now.auth.password_of(name) {
+                Ok(hash) => Some(String::from_utf8_lossy(hash).into_owned()),
+                // As slow to refuse as a wrong password.
+                Err(AuthError::AuthFailed) => None,
+                Err(error) => return Err(error.into()),
+            };
+            (hash, now.auth.revision())
+        };
+        if self.0.passwords.compare(clear.to_string(), hash).await? {
+            Ok(revision)
+        } else {
+            tracing::warn!(user = name, "invalid password");
+            Err(status::auth_failed())
         }
     }
 }
@@ -85,7 +134,7 @@ macro_rules! proposed {
                 Method::$method,
                 |_| false,
                 $request,
-                |r| $self.clone().propose(Command::$command(r)),
+                |r, who| $self.clone().propose(who, Command::$command(r)),
             )
             .await
     };
@@ -100,8 +149,8 @@ macro_rules! answered {
                 Method::$method,
                 |_| false,
                 $request,
-                |r| async move {
-                    let answer = $self.0.propose(Command::$command(r)).await?;
+                |r, who| async move {
+                    let answer = $self.0.propose(&who, Command::$command(r)).await?;
                     let Applied::$reply(mut reply) = answer.reply else {
                         unreachable!("{} is answered in kind", stringify!($method))
                     };
@@ -120,14 +169,7 @@ impl pb::auth_server::Auth for Auth {
         &self,
         request: Request<pb::AuthEnableRequest>,
     ) -> Result<Response<pb::AuthEnableResponse>, Status> {
-        let run = |_| async {
-            // A member that applies this entry cannot go on, as nothing enforces permissions yet. So it
-            // never enters the log: what it would be refused for is found out by a read.
-            self.0.read_index().await?;
-            self.0.now().auth.check_enable()?;
-            Err(status::not_supported_yet("enabling authentication"))
-        };
-        self.0.unary(Method::AuthEnable, |_| false, request, run).await
+        proposed!(self, request, AuthEnable, AuthEnable)
     }
 
     async fn auth_disable(
@@ -148,7 +190,7 @@ impl pb::auth_server::Auth for Auth {
         &self,
         request: Request<pb::AuthenticateRequest>,
     ) -> Result<Response<pb::AuthenticateResponse>, Status> {
-        let run = |_| async { Err(status::auth_not_enabled()) };
+        let run = |r, _| self.clone().log_in(r);
         self.0.unary(Method::Authenticate, |_| false, request, run).await
     }
 
@@ -156,12 +198,12 @@ impl pb::auth_server::Auth for Auth {
         &self,
         request: Request<pb::AuthUserAddRequest>,
     ) -> Result<Response<pb::AuthUserAddResponse>, Status> {
-        let run = |mut add: pb::AuthUserAddRequest| async {
+        let run = |mut add: pb::AuthUserAddRequest, who| async move {
             let clear = std::mem::take(&mut add.password);
             if !add.options.is_some_and(|options| options.no_password) {
-                add.hashed_password = self.hashed(clear).await?;
+                add.hashed_password = self.hashed(clear, &who, Asked::UserAdd).await?;
             }
-            self.clone().propose(Command::AuthUserAdd(add)).await
+            self.clone().propose(who, Command::AuthUserAdd(add)).await
         };
         self.0.unary(Method::UserAdd, |_| false, request, run).await
     }
@@ -191,12 +233,13 @@ impl pb::auth_server::Auth for Auth {
         &self,
         request: Request<pb::AuthUserChangePasswordRequest>,
     ) -> Result<Response<pb::AuthUserChangePasswordResponse>, Status> {
-        let run = |mut change: pb::AuthUserChangePasswordRequest| async {
+        let run = |mut change: pb::AuthUserChangePasswordRequest, who| async move {
             let clear = std::mem::take(&mut change.password);
             if !clear.is_empty() {
-                change.hashed_password = self.hashed(clear).await?;
+                let asked = Asked::UserChangePassword;
+                change.hashed_password = self.hashed(clear, &who, asked).await?;
             }
-            self.clone().propose(Command::AuthUserChangePassword(change)).await
+            self.clone().propose(who, Command::AuthUserChangePassword(change)).await
         };
         self.0.unary(Method::UserChangePassword, |_| false, request, run).await
     }

@@ -6,9 +6,11 @@ use quorate_proto::etcdserverpb as pb;
 use tonic::{Request, Response, Status};
 
 use crate::config::Url;
+use crate::core::auth::access::Asked;
 use crate::core::membership::Member as Record;
 use crate::core::types::MemberId;
 use crate::metrics::Method;
+use crate::transport::identity::{Credentials, Who};
 use crate::transport::member::Member;
 use crate::transport::status;
 
@@ -27,9 +29,15 @@ fn shown(member: &Record) -> pb::Member {
 }
 
 impl Cluster {
-    async fn list(self, request: pb::MemberListRequest) -> Result<pb::MemberListResponse, Status> {
+    async fn list(
+        self,
+        request: pb::MemberListRequest,
+        who: Who,
+    ) -> Result<pb::MemberListResponse, Status> {
         if request.linearizable {
             self.0.read_index().await?;
+            // What was waited for may have taken the user away.
+            self.0.permit(&who, Asked::MemberList)?;
         }
         Ok(pb::MemberListResponse { header: self.header(), members: self.members() })
     }
@@ -77,8 +85,9 @@ impl Cluster {
     async fn promote(
         self,
         request: pb::MemberPromoteRequest,
+        token: Option<&str>,
     ) -> Result<pb::MemberPromoteResponse, Status> {
-        let members = self.0.promote_member(MemberId(request.id)).await?;
+        let members = self.0.promote_member(MemberId(request.id), token).await?;
         let members = members.iter().map(shown).collect();
         Ok(pb::MemberPromoteResponse { header: self.header(), members })
     }
@@ -90,34 +99,40 @@ impl pb::cluster_server::Cluster for Cluster {
         &self,
         request: Request<pb::MemberAddRequest>,
     ) -> Result<Response<pb::MemberAddResponse>, Status> {
-        self.0.unary(Method::MemberAdd, |_| false, request, |r| self.clone().add(r)).await
+        self.0.unary(Method::MemberAdd, |_| false, request, |r, _| self.clone().add(r)).await
     }
 
     async fn member_remove(
         &self,
         request: Request<pb::MemberRemoveRequest>,
     ) -> Result<Response<pb::MemberRemoveResponse>, Status> {
-        self.0.unary(Method::MemberRemove, |_| false, request, |r| self.clone().remove(r)).await
+        self.0.unary(Method::MemberRemove, |_| false, request, |r, _| self.clone().remove(r)).await
     }
 
     async fn member_update(
         &self,
         request: Request<pb::MemberUpdateRequest>,
     ) -> Result<Response<pb::MemberUpdateResponse>, Status> {
-        self.0.unary(Method::MemberUpdate, |_| false, request, |r| self.clone().update(r)).await
+        self.0.unary(Method::MemberUpdate, |_| false, request, |r, _| self.clone().update(r)).await
     }
 
     async fn member_list(
         &self,
         request: Request<pb::MemberListRequest>,
     ) -> Result<Response<pb::MemberListResponse>, Status> {
-        self.0.unary(Method::MemberList, |_| false, request, |r| self.clone().list(r)).await
+        self.0
+            .unary(Method::MemberList, |_| false, request, |r, who| self.clone().list(r, who))
+            .await
     }
 
     async fn member_promote(
         &self,
         request: Request<pb::MemberPromoteRequest>,
     ) -> Result<Response<pb::MemberPromoteResponse>, Status> {
-        self.0.unary(Method::MemberPromote, |_| false, request, |r| self.clone().promote(r)).await
+        // The leader asks once more who it is.
+        let credentials = Credentials::of(request.metadata(), request.extensions());
+        let token = credentials.token().map(str::to_string);
+        let run = async |r, _| self.clone().promote(r, token.as_deref()).await;
+        self.0.unary(Method::MemberPromote, |_| false, request, run).await
     }
 }

@@ -46,7 +46,7 @@ impl pb::health_server::Health for Health {
         &self,
         request: Request<pb::HealthCheckRequest>,
     ) -> Result<Response<pb::HealthCheckResponse>, Status> {
-        let run = |request: pb::HealthCheckRequest| async move {
+        let run = |request: pb::HealthCheckRequest, _| async move {
             if request.service.is_empty() {
                 Ok(self.status())
             } else {
@@ -60,7 +60,7 @@ impl pb::health_server::Health for Health {
         &self,
         request: Request<pb::HealthListRequest>,
     ) -> Result<Response<pb::HealthListResponse>, Status> {
-        let run = |_| async move {
+        let run = |_, _| async move {
             let statuses = [(String::new(), self.status())].into();
             Ok(pb::HealthListResponse { statuses })
         };
@@ -73,7 +73,7 @@ impl pb::health_server::Health for Health {
         &self,
         request: Request<pb::HealthCheckRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        let call = self.member.open_stream(Method::HealthWatch, request.metadata(), false)?;
+        let (call, _) = self.member.open_stream(Method::HealthWatch, &request, false).await?;
         let deadline = Deadline::of(request.metadata());
         let request = request.into_inner();
         call.received(request.encoded_len());

@@ -17,11 +17,13 @@ use crate::actors::compactor::AwaitCompaction;
 use crate::actors::raft::RequestError;
 use crate::config::duration::GoDuration;
 use crate::core::apply::{ApplyError, Reply as Applied};
+use crate::core::auth::access::Asked;
 use crate::core::check;
 use crate::core::command::Request as Command;
 use crate::core::mvcc::range::Ranged;
 use crate::core::mvcc::txn;
 use crate::metrics::{Method, RequestKind};
+use crate::transport::identity::Who;
 use crate::transport::member::Member;
 use crate::transport::status;
 
@@ -41,10 +43,11 @@ impl Kv {
     fn read_range(
         &self,
         request: &pb::RangeRequest,
+        who: &Who,
         counted: bool,
     ) -> Result<Seen<Ranged>, Status> {
         let started = Instant::now();
-        let result = self.0.read(|now, values| {
+        let result = self.0.read_as(who, Asked::Range(request), |now, values| {
             let result = if counted {
                 now.store.range(values, request)?
             } else {
@@ -65,16 +68,16 @@ impl Kv {
                 "apply request took too long"
             );
         }
-        Ok(result?)
+        result
     }
 
-    async fn range(self, request: pb::RangeRequest) -> Result<pb::RangeResponse, Status> {
+    async fn range(self, request: pb::RangeRequest, who: Who) -> Result<pb::RangeResponse, Status> {
         check::range(&request)?;
         let started = Instant::now();
         if !request.serializable {
             self.0.read_index().await?;
         }
-        let seen = self.read_range(&request, true);
+        let seen = self.read_range(&request, &who, true);
         let seconds = self.0.metrics.request_seconds(RequestKind::Range, seen.is_ok());
         seconds.record(started.elapsed());
         let seen = seen?;
@@ -86,12 +89,12 @@ impl Kv {
         })
     }
 
-    async fn put(self, request: pb::PutRequest) -> Result<pb::PutResponse, Status> {
+    async fn put(self, request: pb::PutRequest, who: Who) -> Result<pb::PutResponse, Status> {
         let request = Command::Put(request);
         self.0.check_quota(&request).await?;
         let Command::Put(put) = &request else { unreachable!("made above") };
         check::put(put)?;
-        let answer = self.0.propose(request).await?;
+        let answer = self.0.propose(&who, request).await?;
         let Applied::Put(mut reply) = answer.reply else { unreachable!("a put answers a put") };
         self.stamp(&mut reply.header, answer.term.0);
         Ok(reply)
@@ -100,9 +103,10 @@ impl Kv {
     async fn delete_range(
         self,
         request: pb::DeleteRangeRequest,
+        who: Who,
     ) -> Result<pb::DeleteRangeResponse, Status> {
         check::delete_range(&request)?;
-        let answer = self.0.propose(Command::DeleteRange(request)).await?;
+        let answer = self.0.propose(&who, Command::DeleteRange(request)).await?;
         let Applied::DeleteRange(mut reply) = answer.reply else {
             unreachable!("a delete answers a delete")
         };
@@ -110,27 +114,31 @@ impl Kv {
         Ok(reply)
     }
 
-    async fn txn(self, request: pb::TxnRequest) -> Result<pb::TxnResponse, Status> {
+    async fn txn(self, request: pb::TxnRequest, who: Who) -> Result<pb::TxnResponse, Status> {
         let request = Command::Txn(request);
         self.0.check_quota(&request).await?;
         let Command::Txn(body) = &request else { unreachable!("made above") };
         check::txn(body, self.0.limits.txn_ops_max)?;
         if check::is_read_only(body) {
-            return self.read_only(body).await;
+            return self.read_only(body, &who).await;
         }
-        let answer = self.0.propose(request).await?;
+        let answer = self.0.propose(&who, request).await?;
         let Applied::Txn(mut reply) = answer.reply else { unreachable!("a txn answers a txn") };
         self.stamp(&mut reply.header, answer.term.0);
         Ok(reply)
     }
 
-    async fn read_only(&self, request: &pb::TxnRequest) -> Result<pb::TxnResponse, Status> {
+    async fn read_only(
+        &self,
+        request: &pb::TxnRequest,
+        who: &Who,
+    ) -> Result<pb::TxnResponse, Status> {
         let started = Instant::now();
         if !check::is_serializable(request) {
             self.0.read_index().await?;
         }
         let mut refused = None;
-        let seen = self.0.read(|now, values| {
+        let seen = self.0.read_as(who, Asked::Txn(request), |now, values| {
             let mut reply = match txn::read_only(&now.store, values, request) {
                 Ok(reply) => reply,
                 Err(txn::TxnError::Read(error)) => return Err(error),
@@ -159,9 +167,10 @@ impl Kv {
     async fn compact(
         self,
         request: pb::CompactionRequest,
+        who: Who,
     ) -> Result<pb::CompactionResponse, Status> {
         let (at, physical) = (request.revision, request.physical);
-        let result = self.0.propose(Command::Compaction(request)).await;
+        let result = self.0.propose(&who, Command::Compaction(request)).await;
         let compacted = matches!(result, Err(RequestError::Apply(ApplyError::Compacted { .. })));
         if physical && (result.is_ok() || compacted) {
             // One that came too late waits for those under way before it is refused.
@@ -184,7 +193,11 @@ impl Kv {
         *header = self.0.header_at(revision, term);
     }
 
-    async fn start_range_stream(&self, request: pb::RangeRequest) -> Result<Chunks, Status> {
+    async fn start_range_stream(
+        &self,
+        request: pb::RangeRequest,
+        who: Who,
+    ) -> Result<Chunks, Status> {
         check::range(&request)?;
         let ascending = request.sort_order == SortOrder::None as i32
             || (request.sort_order == SortOrder::Ascend as i32
@@ -206,6 +219,7 @@ impl Kv {
             kv: self.clone(),
             left: (request.limit > 0).then_some(request.limit),
             request,
+            who,
             chunk_keys: FIRST_CHUNK_KEYS,
             sent: 0,
             header: None,
@@ -221,6 +235,7 @@ const FIRST_CHUNK_KEYS: i64 = 10;
 struct Chunks {
     kv: Kv,
     request: pb::RangeRequest,
+    who: Who,
     /// Keys still wanted; `None` for all.
     left: Option<i64>,
     chunk_keys: i64,
@@ -242,7 +257,7 @@ impl Chunks {
         // A chunk that the limit cannot end needs no count, unless it turns out to be the last; then
         // it has seen every key.
         let counted = self.left.is_some_and(|left| left <= self.chunk_keys);
-        let seen = self.kv.read_range(&request, counted)?;
+        let seen = self.kv.read_range(&request, &self.who, counted)?;
         if self.header.is_none() {
             self.header = self.kv.0.header_at(seen.revision, seen.term);
             if self.request.revision <= 0 {
@@ -289,7 +304,8 @@ impl pb::kv_server::Kv for Kv {
         request: Request<pb::RangeRequest>,
     ) -> Result<Response<pb::RangeResponse>, Status> {
         let local = |range: &pb::RangeRequest| range.serializable;
-        self.0.unary(Method::Range, local, request, |r| Kv::range(self.clone(), r)).await
+        let run = |r, who| Kv::range(self.clone(), r, who);
+        self.0.unary(Method::Range, local, request, run).await
     }
 
     type RangeStreamStream = Reply<pb::RangeStreamResponse>;
@@ -298,13 +314,13 @@ impl pb::kv_server::Kv for Kv {
         &self,
         request: Request<pb::RangeRequest>,
     ) -> Result<Response<Self::RangeStreamStream>, Status> {
-        let call = self.0.open_stream(Method::RangeStream, request.metadata(), false)?;
+        let (call, who) = self.0.open_stream(Method::RangeStream, &request, false).await?;
         let leaderless = self.0.stream_leaderless(request.metadata());
         let timeout = deadline::timeout(request.metadata());
         let deadline = Deadline::of(request.metadata());
         let request = request.into_inner();
         call.received(request.encoded_len());
-        match within(timeout, self.start_range_stream(request)).await {
+        match within(timeout, self.start_range_stream(request, who)).await {
             Ok(chunks) => {
                 let stream = stream::unfold(chunks, |mut chunks| {
                     let next = chunks.next();
@@ -325,14 +341,15 @@ impl pb::kv_server::Kv for Kv {
         &self,
         request: Request<pb::PutRequest>,
     ) -> Result<Response<pb::PutResponse>, Status> {
-        self.0.unary(Method::Put, |_| false, request, |r| Kv::put(self.clone(), r)).await
+        let run = |r, who| Kv::put(self.clone(), r, who);
+        self.0.unary(Method::Put, |_| false, request, run).await
     }
 
     async fn delete_range(
         &self,
         request: Request<pb::DeleteRangeRequest>,
     ) -> Result<Response<pb::DeleteRangeResponse>, Status> {
-        let run = |r| Kv::delete_range(self.clone(), r);
+        let run = |r, who| Kv::delete_range(self.clone(), r, who);
         self.0.unary(Method::DeleteRange, |_| false, request, run).await
     }
 
@@ -340,14 +357,16 @@ impl pb::kv_server::Kv for Kv {
         &self,
         request: Request<pb::TxnRequest>,
     ) -> Result<Response<pb::TxnResponse>, Status> {
-        self.0.unary(Method::Txn, |_| false, request, |r| Kv::txn(self.clone(), r)).await
+        let run = |r, who| Kv::txn(self.clone(), r, who);
+        self.0.unary(Method::Txn, |_| false, request, run).await
     }
 
     async fn compact(
         &self,
         request: Request<pb::CompactionRequest>,
     ) -> Result<Response<pb::CompactionResponse>, Status> {
-        self.0.unary(Method::Compact, |_| false, request, |r| Kv::compact(self.clone(), r)).await
+        let run = |r, who| Kv::compact(self.clone(), r, who);
+        self.0.unary(Method::Compact, |_| false, request, run).await
     }
 }
 

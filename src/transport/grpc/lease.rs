@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use futures_util::stream::{self, FuturesOrdered, StreamExt};
 use prost::Message as _;
@@ -12,9 +13,13 @@ use super::deadline::Deadline;
 use super::{Counted, Reply};
 use crate::actors::lease::ListLeases;
 use crate::core::apply::Reply as Applied;
+use crate::core::auth::AuthError;
+use crate::core::auth::access::{Asked, need};
 use crate::core::command::Request as Command;
 use crate::core::types::LeaseId;
 use crate::metrics::{Method, Received};
+use crate::transport::access;
+use crate::transport::identity::{Credentials, Who};
 use crate::transport::member::Member;
 use crate::transport::status;
 
@@ -30,13 +35,14 @@ impl Lease {
     async fn grant(
         self,
         mut request: pb::LeaseGrantRequest,
+        who: &Who,
     ) -> Result<pb::LeaseGrantResponse, Status> {
         while request.id == 0 {
             request.id = (self.0.shared.next_id() & i64::MAX as u64) as i64;
         }
         let request = Command::LeaseGrant(request);
         self.0.check_quota(&request).await?;
-        let answer = self.0.propose(request).await?;
+        let answer = self.0.propose(who, request).await?;
         let Applied::LeaseGrant(mut reply) = answer.reply else {
             unreachable!("a grant answers a grant")
         };
@@ -48,8 +54,9 @@ impl Lease {
     async fn revoke(
         self,
         request: pb::LeaseRevokeRequest,
+        who: &Who,
     ) -> Result<pb::LeaseRevokeResponse, Status> {
-        let answer = self.0.propose(Command::LeaseRevoke(request)).await?;
+        let answer = self.0.propose(who, Command::LeaseRevoke(request)).await?;
         let Applied::LeaseRevoke(reply) = answer.reply else {
             unreachable!("a revoke answers a revoke")
         };
@@ -58,7 +65,13 @@ impl Lease {
     }
 
     /// Renews one lease, here or at the leader.
-    async fn keep_alive(self, id: i64) -> Result<pb::LeaseKeepAliveResponse, Status> {
+    async fn keep_alive(
+        self,
+        request: pb::LeaseKeepAliveRequest,
+        credentials: Arc<Credentials<String>>,
+    ) -> Result<pb::LeaseKeepAliveResponse, Status> {
+        let id = request.id;
+        self.0.let_in(credentials.borrowed(), &request).await?;
         // The revision is that from before the renewal (v3-api 3.1).
         let header = self.0.current_header();
         let ttl = self.0.keep_alive(LeaseId(id)).await?;
@@ -68,13 +81,36 @@ impl Lease {
     async fn time_to_live(
         self,
         request: pb::LeaseTimeToLiveRequest,
+        who: Who,
     ) -> Result<pb::LeaseTimeToLiveResponse, Status> {
         let id = request.id;
+        let before = self.0.now().auth.revision();
         let left = self.0.time_to_live(request).await?;
+        if let Some(left) = left.as_ref().filter(|_| request.keys) {
+            self.check_told(&who, before, &left.keys)?;
+        }
         // An unknown lease is no error.
         let unknown = || pb::LeaseTimeToLiveResponse { id, ttl: -1, ..Default::default() };
         let left = left.unwrap_or_else(unknown);
         Ok(pb::LeaseTimeToLiveResponse { header: self.0.current_header(), ..left })
+    }
+
+    /// Looks once more at what keys a reply is about to tell: the leader may know of others than those
+    /// that were looked at, and users and roles may have changed since.
+    fn check_told(&self, who: &Who, before: u64, keys: &[Bytes]) -> Result<(), Status> {
+        let now = self.0.shared.published.load();
+        if !now.auth.enabled() {
+            return Ok(());
+        }
+        if now.auth.revision() != before {
+            return Err(AuthError::OldRevision.into());
+        }
+        let ranges =
+            keys.iter().map(|key| pb::RangeRequest { key: key.clone(), ..Default::default() });
+        for range in ranges {
+            access::check(&now, who, &need(Asked::Range(&range)))?;
+        }
+        Ok(())
     }
 
     async fn leases(self) -> Result<pb::LeaseLeasesResponse, Status> {
@@ -90,6 +126,7 @@ type Renewal = BoxFuture<'static, Result<pb::LeaseKeepAliveResponse, Status>>;
 
 struct KeepAlives {
     lease: Lease,
+    credentials: Arc<Credentials<String>>,
     requests: Streaming<pb::LeaseKeepAliveRequest>,
     /// Renewals under way, answered in the order of their requests.
     renewals: FuturesOrdered<Renewal>,
@@ -121,7 +158,7 @@ impl KeepAlives {
             match request {
                 Some(request) => {
                     self.received.count(request.encoded_len());
-                    let renewal = self.lease.clone().keep_alive(request.id);
+                    let renewal = self.lease.clone().keep_alive(request, self.credentials.clone());
                     self.renewals.push_back(Box::pin(renewal));
                 }
                 None => self.closed = true,
@@ -136,14 +173,16 @@ impl pb::lease_server::Lease for Lease {
         &self,
         request: Request<pb::LeaseGrantRequest>,
     ) -> Result<Response<pb::LeaseGrantResponse>, Status> {
-        self.0.unary(Method::LeaseGrant, |_| false, request, |r| self.clone().grant(r)).await
+        let run = async |r, who| self.clone().grant(r, &who).await;
+        self.0.unary(Method::LeaseGrant, |_| false, request, run).await
     }
 
     async fn lease_revoke(
         &self,
         request: Request<pb::LeaseRevokeRequest>,
     ) -> Result<Response<pb::LeaseRevokeResponse>, Status> {
-        self.0.unary(Method::LeaseRevoke, |_| false, request, |r| self.clone().revoke(r)).await
+        let run = async |r, who| self.clone().revoke(r, &who).await;
+        self.0.unary(Method::LeaseRevoke, |_| false, request, run).await
     }
 
     type LeaseKeepAliveStream = Reply<pb::LeaseKeepAliveResponse>;
@@ -152,11 +191,12 @@ impl pb::lease_server::Lease for Lease {
         &self,
         request: Request<Streaming<pb::LeaseKeepAliveRequest>>,
     ) -> Result<Response<Self::LeaseKeepAliveStream>, Status> {
-        let call = self.0.open_stream(Method::LeaseKeepAlive, request.metadata(), false)?;
+        let (call, credentials) = self.0.open_session(Method::LeaseKeepAlive, &request, false)?;
         let end = Box::pin(self.0.stream_end(request.metadata()));
         let deadline = Deadline::of(request.metadata());
         let state = KeepAlives {
             lease: self.clone(),
+            credentials: Arc::new(credentials),
             received: call.receiver(),
             end,
             requests: request.into_inner(),
@@ -176,7 +216,7 @@ impl pb::lease_server::Lease for Lease {
         &self,
         request: Request<pb::LeaseTimeToLiveRequest>,
     ) -> Result<Response<pb::LeaseTimeToLiveResponse>, Status> {
-        let run = |r| self.clone().time_to_live(r);
+        let run = |r, who| self.clone().time_to_live(r, who);
         self.0.unary(Method::LeaseTimeToLive, |_| false, request, run).await
     }
 
@@ -184,6 +224,6 @@ impl pb::lease_server::Lease for Lease {
         &self,
         request: Request<pb::LeaseLeasesRequest>,
     ) -> Result<Response<pb::LeaseLeasesResponse>, Status> {
-        self.0.unary(Method::LeaseLeases, |_| false, request, |_| self.clone().leases()).await
+        self.0.unary(Method::LeaseLeases, |_| false, request, |_, _| self.clone().leases()).await
     }
 }

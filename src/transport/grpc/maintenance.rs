@@ -28,6 +28,7 @@ use crate::core::membership::Version;
 use crate::core::mvcc::hash::hash_all;
 use crate::core::types::MemberId;
 use crate::metrics::Method;
+use crate::transport::identity::Who;
 use crate::transport::member::Member;
 use crate::transport::status;
 
@@ -51,12 +52,16 @@ const DIGEST: u64 = 32;
 const WORD_BEFORE: Duration = Duration::from_millis(2);
 
 impl Maintenance {
-    async fn alarm(self, request: pb::AlarmRequest) -> Result<pb::AlarmResponse, Status> {
+    async fn alarm(
+        self,
+        request: pb::AlarmRequest,
+        who: &Who,
+    ) -> Result<pb::AlarmResponse, Status> {
         if pb::alarm_request::AlarmAction::try_from(request.action).is_err() {
             let text = format!("alarm action {} is not known", request.action);
             return Err(Status::invalid_argument(text));
         }
-        let answer = self.member.propose(Command::Alarm(request)).await?;
+        let answer = self.member.propose(who, Command::Alarm(request)).await?;
         let Applied::Alarm(mut reply) = answer.reply else {
             unreachable!("an alarm answers an alarm")
         };
@@ -318,7 +323,7 @@ impl pb::maintenance_server::Maintenance for Maintenance {
         &self,
         request: Request<pb::AlarmRequest>,
     ) -> Result<Response<pb::AlarmResponse>, Status> {
-        let run = |r| Maintenance::alarm(self.clone(), r);
+        let run = async |r, who| Maintenance::alarm(self.clone(), r, &who).await;
         self.member.unary(Method::Alarm, |_| false, request, run).await
     }
 
@@ -326,7 +331,7 @@ impl pb::maintenance_server::Maintenance for Maintenance {
         &self,
         request: Request<pb::StatusRequest>,
     ) -> Result<Response<pb::StatusResponse>, Status> {
-        let run = |_| async { Maintenance::status(self) };
+        let run = |_, _| async { Maintenance::status(self) };
         self.member.unary(Method::Status, |_| true, request, run).await
     }
 
@@ -334,7 +339,7 @@ impl pb::maintenance_server::Maintenance for Maintenance {
         &self,
         request: Request<pb::DefragmentRequest>,
     ) -> Result<Response<pb::DefragmentResponse>, Status> {
-        let run = |_| Maintenance::defragment(self.clone());
+        let run = |_, _| Maintenance::defragment(self.clone());
         self.member.unary(Method::Defragment, |_| false, request, run).await
     }
 
@@ -343,7 +348,7 @@ impl pb::maintenance_server::Maintenance for Maintenance {
         request: Request<pb::HashRequest>,
     ) -> Result<Response<pb::HashResponse>, Status> {
         self.member
-            .unary(Method::Hash, |_| false, request, |_| Maintenance::hash(self.clone()))
+            .unary(Method::Hash, |_| false, request, |_, _| Maintenance::hash(self.clone()))
             .await
     }
 
@@ -351,7 +356,7 @@ impl pb::maintenance_server::Maintenance for Maintenance {
         &self,
         request: Request<pb::HashKvRequest>,
     ) -> Result<Response<pb::HashKvResponse>, Status> {
-        let run = |r| Maintenance::hash_kv(self.clone(), r);
+        let run = |r, _| Maintenance::hash_kv(self.clone(), r);
         self.member.unary(Method::HashKv, |_| false, request, run).await
     }
 
@@ -361,7 +366,7 @@ impl pb::maintenance_server::Maintenance for Maintenance {
         &self,
         request: Request<pb::SnapshotRequest>,
     ) -> Result<Response<Self::SnapshotStream>, Status> {
-        let call = self.member.open_stream(Method::Snapshot, request.metadata(), true)?;
+        let (call, _) = self.member.open_stream(Method::Snapshot, &request, true).await?;
         let leaderless = self.member.stream_leaderless(request.metadata());
         let deadline = Deadline::of(request.metadata());
         call.received(request.get_ref().encoded_len());
@@ -385,7 +390,7 @@ impl pb::maintenance_server::Maintenance for Maintenance {
         request: Request<pb::MoveLeaderRequest>,
     ) -> Result<Response<pb::MoveLeaderResponse>, Status> {
         let timeout = deadline::timeout(request.metadata());
-        let run = |r| Maintenance::move_leader(self.clone(), r, timeout);
+        let run = |r, _| Maintenance::move_leader(self.clone(), r, timeout);
         self.member.unary(Method::MoveLeader, |_| false, request, run).await
     }
 
@@ -393,7 +398,7 @@ impl pb::maintenance_server::Maintenance for Maintenance {
         &self,
         request: Request<pb::DowngradeRequest>,
     ) -> Result<Response<pb::DowngradeResponse>, Status> {
-        let run = |r| Maintenance::downgrade(self.clone(), r);
+        let run = |r, _| Maintenance::downgrade(self.clone(), r);
         self.member.unary(Method::Downgrade, |_| false, request, run).await
     }
 }

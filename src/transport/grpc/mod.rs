@@ -23,6 +23,8 @@ use tonic::{Code, Request, Response, Status};
 use self::deadline::{Deadline, within};
 use crate::config::duration::GoDuration;
 use crate::metrics::{GrpcCall, Method, Metrics};
+use crate::transport::access::Gated;
+use crate::transport::identity::{Credentials, Who};
 use crate::transport::member::Member;
 use crate::transport::status;
 
@@ -66,23 +68,30 @@ fn requires_leader(metadata: &MetadataMap) -> bool {
 }
 
 impl Member {
-    /// Runs a unary call: gates, accounting, slow-call warning.
-    async fn unary<Q: Message, R: Message, F>(
+    /// Runs a unary call: gates, accounting, slow-call warning. `run` is told who calls.
+    async fn unary<Q: Message + Gated, R: Message, F>(
         self: &Arc<Self>,
         method: Method,
         on_learner: impl FnOnce(&Q) -> bool,
         request: Request<Q>,
-        run: impl FnOnce(Q) -> F,
+        run: impl FnOnce(Q, Who) -> F,
     ) -> Result<Response<R>, Status>
     where
         F: Future<Output = Result<R, Status>>,
     {
         let call = GrpcCall::start(method, self.metrics);
         let started = Instant::now();
-        let (metadata, _, body) = request.into_parts();
+        let (metadata, extensions, body) = request.into_parts();
         call.received(body.encoded_len());
         let result = match admit(self, &metadata, on_learner(&body), false) {
-            Ok(()) => within(deadline::timeout(&metadata), run(body)).await,
+            Ok(()) => {
+                let running = async {
+                    let credentials = Credentials::of(&metadata, &extensions);
+                    let who = self.let_in(credentials, &body).await?;
+                    run(body, who).await
+                };
+                within(deadline::timeout(&metadata), running).await
+            }
             Err(status) => Err(status),
         };
         let took = started.elapsed();
@@ -109,8 +118,39 @@ impl Member {
         }
     }
 
-    /// Opens a streaming call: gates and accounting. The accounting ends with the stream.
-    fn open_stream(
+    /// Opens a stream whose client sends one request: gates and accounting, which ends with the stream.
+    /// Answers who calls.
+    async fn open_stream<Q: Gated>(
+        self: &Arc<Self>,
+        method: Method,
+        request: &Request<Q>,
+        on_learner: bool,
+    ) -> Result<(GrpcCall, Who), Status> {
+        let call = self.open(method, request.metadata(), on_learner)?;
+        let credentials = Credentials::of(request.metadata(), request.extensions());
+        let letting_in = self.let_in(credentials, request.get_ref());
+        match within(deadline::timeout(request.metadata()), letting_in).await {
+            Ok(who) => Ok((call, who)),
+            Err(status) => {
+                call.finish(status.code());
+                Err(status)
+            }
+        }
+    }
+
+    /// Opens a stream whose client sends many requests. Each of them has to be let in by the credentials
+    /// that this answers.
+    fn open_session<S>(
+        self: &Arc<Self>,
+        method: Method,
+        request: &Request<S>,
+        on_learner: bool,
+    ) -> Result<(GrpcCall, Credentials<String>), Status> {
+        let call = self.open(method, request.metadata(), on_learner)?;
+        Ok((call, Credentials::of(request.metadata(), request.extensions()).to_owned()))
+    }
+
+    fn open(
         self: &Arc<Self>,
         method: Method,
         metadata: &MetadataMap,

@@ -10,6 +10,7 @@ use futures_util::Stream;
 use futures_util::future::BoxFuture;
 use prost::Message as _;
 use quorate_proto::etcdserverpb as pb;
+use quorate_proto::etcdserverpb::watch_request::RequestUnion;
 use tokio::sync::mpsc;
 use tokio::task::AbortHandle;
 use tonic::{Request, Response, Status, Streaming};
@@ -17,7 +18,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::deadline::Deadline;
 use super::{Counted, Reply};
 use crate::actors::watch::{Ask, Close, Delivered, HasRoom, Open};
-use crate::core::watch::StreamId;
+use crate::core::watch::{CancelReason, StreamId};
 use crate::metrics::Method;
 use crate::transport::member::Member;
 
@@ -86,6 +87,12 @@ impl Drop for Responses {
     }
 }
 
+/// A refusal as etcd puts it into a response: clients compare it with this text (v3-api 3.8).
+fn in_words(status: &Status) -> String {
+    // The name of a code is the same there as here.
+    format!("rpc error: code = {:?} desc = {}", status.code(), status.message())
+}
+
 #[tonic::async_trait]
 impl pb::watch_server::Watch for Watch {
     type WatchStream = Reply<pb::WatchResponse>;
@@ -95,7 +102,7 @@ impl pb::watch_server::Watch for Watch {
         request: Request<Streaming<pb::WatchRequest>>,
     ) -> Result<Response<Self::WatchStream>, Status> {
         let member = self.0.clone();
-        let call = member.open_stream(Method::Watch, request.metadata(), false)?;
+        let (call, credentials) = member.open_session(Method::Watch, &request, false)?;
         let end = Box::pin(member.stream_end(request.metadata()));
         let deadline = Deadline::of(request.metadata());
         let stream = StreamId(member.next_stream.fetch_add(1, Ordering::Relaxed));
@@ -103,13 +110,21 @@ impl pb::watch_server::Watch for Watch {
         member.watch.do_send(Open { stream, responses: sender });
 
         let received = call.receiver();
-        let hub = member.watch.clone();
+        let (asks, hub) = (member.clone(), member.watch.clone());
         let mut requests = request.into_inner();
         let reader = actix::spawn(async move {
             // A client that closes its side goes on receiving; one that is gone drops `Responses`.
             while let Ok(Some(request)) = requests.message().await {
                 received.count(request.encoded_len());
-                let mut room = hub.send(Ask { stream, request }).await;
+                let permission = match &request.request_union {
+                    Some(RequestUnion::CreateRequest(create)) => {
+                        asks.let_in(credentials.borrowed(), create).await.map(|_| ())
+                    }
+                    // Whoever opened the stream may look after its watchers.
+                    _ => Ok(()),
+                };
+                let permission = permission.map_err(|status| CancelReason(in_words(&status)));
+                let mut room = hub.send(Ask { stream, request, permission }).await;
                 while matches!(room, Ok(false)) {
                     tokio::time::sleep(ROOM_POLL).await;
                     room = hub.send(HasRoom(stream)).await;

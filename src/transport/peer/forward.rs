@@ -16,7 +16,7 @@ use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::any;
 use bytes::Bytes;
-use http::{HeaderValue, Method, Request, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, header};
 use http_body_util::{BodyExt, Full, LengthLimitError, Limited};
 use hyper::client::conn::http1::SendRequest;
 use prost::Message as _;
@@ -33,6 +33,7 @@ use crate::core::lease::LessorError;
 use crate::core::membership::Member as Record;
 use crate::core::types::{LeaseId, MemberId};
 use crate::transport::http::status::{method_not_allowed, text_error};
+use crate::transport::identity::Credentials;
 use crate::transport::member::Member;
 use crate::transport::reconfig::{ChangeError, NOT_LEARNER};
 use crate::transport::status;
@@ -377,17 +378,26 @@ fn time_left(id: i64) -> impl FnOnce(Option<Bytes>) -> Option<Option<pb::LeaseTi
     }
 }
 
-/// Has the leader promote learner `id`; answers the members after that.
+/// Has the leader promote learner `id` for someone who shows `token`; answers the members after that.
 ///
 /// # Errors
 /// `NotFound`, `NotLearner`, `NotReady` as the leader says; `NoLeader`; `TimedOut`.
-pub async fn promote(member: &Arc<Member>, id: MemberId) -> Result<Vec<Record>, ChangeError> {
+pub async fn promote(
+    member: &Arc<Member>,
+    id: MemberId,
+    token: Option<&str>,
+) -> Result<Vec<Record>, ChangeError> {
     let (deadline, dialer) = (member.deadline(), member.dialer());
     let path = format!("/members/promote/{}", id.0);
+    // It came as a header, so it can go as one.
+    let authorization = token.and_then(|token| HeaderValue::from_str(token).ok());
     let asked = member.ask_leader(deadline, |url| {
-        let path = path.clone();
+        let (path, authorization) = (path.clone(), authorization.clone());
         async move {
-            let request = Request::post(path).body(Full::default());
+            let mut request = Request::post(path).body(Full::default());
+            if let (Ok(request), Some(token)) = (&mut request, authorization) {
+                request.headers_mut().insert(header::AUTHORIZATION, token);
+            }
             let request = request.expect("a path of digits makes a request");
             let left = deadline.saturating_duration_since(Instant::now());
             promotion(&url, client::call(&dialer, &url, request, left).await)
@@ -396,7 +406,7 @@ pub async fn promote(member: &Arc<Member>, id: MemberId) -> Result<Vec<Record>, 
     match asked.await {
         Ok(Some(answer)) => answer,
         // This member leads now.
-        Ok(None) => Box::pin(member.promote_member(id)).await,
+        Ok(None) => Box::pin(member.promote_member(id, token)).await,
         Err(NoAnswer::NoLeader) => Err(ChangeError::NoLeader),
         Err(NoAnswer::TimedOut) => Err(RequestError::TimedOut.into()),
     }
@@ -511,20 +521,35 @@ async fn time_to_live(State(member): State<Arc<Member>>, request: Request<Body>)
     }
 }
 
+/// An answer after which a follower of etcd's goes on asking.
+fn not_promoted() -> Response {
+    let kind = HeaderValue::from_static("application/json");
+    let body = "{\"message\":\"Internal Server Error\"}\n";
+    (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, kind)], body).into_response()
+}
+
 async fn promote_member(
     State(member): State<Arc<Member>>,
     Path(id): Path<String>,
     method: Method,
+    headers: HeaderMap,
 ) -> Response {
     if method != Method::POST {
         return method_not_allowed("POST");
+    }
+    // The member that hands it on has asked, too; but what it knows of users may be old.
+    let token = headers.get(header::AUTHORIZATION).map(|token| token.to_str().unwrap_or_default());
+    let request = pb::MemberPromoteRequest::default();
+    if let Err(status) = member.let_in(Credentials::handed_on(token), &request).await {
+        tracing::warn!(error = status.message(), "refused to promote a member");
+        return not_promoted();
     }
     let mut response = match id.parse() {
         Err(_) => {
             let text = format!("member {id} not found in cluster");
             text_error(StatusCode::NOT_FOUND, &text)
         }
-        Ok(id) => match member.promote_member(MemberId(id)).await {
+        Ok(id) => match member.promote_member(MemberId(id), None).await {
             Ok(members) => {
                 let mut json = serde_json::to_string(&members).expect("members are always JSON");
                 json.push('\n');
@@ -537,10 +562,7 @@ async fn promote_member(
             }
             Err(error) => {
                 tracing::warn!(error = error.text(), "failed to promote a member");
-                let kind = HeaderValue::from_static("application/json");
-                let body = "{\"message\":\"Internal Server Error\"}\n";
-                (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, kind)], body)
-                    .into_response()
+                not_promoted()
             }
         },
     };
@@ -692,11 +714,11 @@ mod tests {
             assert_eq!(none.unwrap_err(), status::no_leader().message());
             let none = follower.time_to_live(asks(7, false)).await.map_err(message);
             assert_eq!(none.unwrap_err(), status::no_leader().message());
-            assert!(matches!(promote(&follower, id).await, Err(ChangeError::NoLeader)));
+            assert!(matches!(promote(&follower, id, None).await, Err(ChangeError::NoLeader)));
             follower.shared.set_leader(MemberId(1));
             let none = follower.keep_alive(LEASE).await.map_err(message);
             assert_eq!(none.unwrap_err(), status::timeout().message());
-            let asked = promote(&follower, id).await;
+            let asked = promote(&follower, id, None).await;
             assert!(matches!(asked, Err(ChangeError::Request(RequestError::TimedOut))));
         });
     }
