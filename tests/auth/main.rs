@@ -9,6 +9,7 @@
 mod access;
 mod advisories;
 mod call;
+mod etcdctl;
 mod jwt;
 mod rig;
 // The wire tests use more of it.
