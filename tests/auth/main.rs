@@ -9,6 +9,9 @@
 mod access;
 mod advisories;
 mod call;
+mod cluster;
+#[path = "../cluster/rig/mod.rs"]
+mod cluster_rig;
 mod etcdctl;
 mod jwt;
 mod rig;
