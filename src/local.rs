@@ -30,8 +30,8 @@ A cluster on this machine, a process a member. Data is kept, and a later call go
 Flags:
   --members 3                 how many members, 1 to 9
   --base-dir quorate-local    directory with a data directory for each member
-  --client-port 2379          port for clients; the members after the first get it plus 20000, 30000...
-                              or one port for each member, with commas
+  --client-port 2379          port for clients; the members after the first get it plus 20000, 30000
+                              and so on; or one port for each member, with commas
   --peer-port 2380            the same for the members' own connections
   --engine redb               storage engine
   --engines redb,memory,...   one for each member instead
@@ -40,6 +40,11 @@ Flags:
 /// How long members may take to end before they are killed: clients are given a request timeout to
 /// go, and the engine is brought to disk.
 const STOP_WITHIN: Duration = Duration::from_secs(20);
+
+/// What a member's port lies above the first one's: the numbers of a well-known example come first, and
+/// nine members fit above etcd's own ports.
+const STEPS: [usize; MEMBERS_MAX] =
+    [0, 20_000, 30_000, 40_000, 50_000, 60_000, 10_000, 25_000, 35_000];
 
 const MEMBERS_MAX: usize = 9;
 
@@ -279,7 +284,7 @@ fn ports(flag: &'static str, text: &str, members: usize) -> Result<Vec<u16>, Loc
     };
     (1..=members)
         .map(|member| {
-            let step = if member == 1 { 0 } else { member * 10_000 };
+            let step = STEPS[member - 1];
             u16::try_from(usize::from(first) + step).map_err(|_| LocalError::NoPortLeft {
                 flag,
                 first,
@@ -497,6 +502,15 @@ mod tests {
             Asked::Run(layout) => layout,
             Asked::Help => panic!("help was not asked for"),
         }
+    }
+
+    #[test]
+    fn there_is_a_port_for_each_of_nine_members() {
+        let members = layout("--members 9").members;
+        let urls: Vec<&str> = members.iter().map(|member| member.client_url.as_str()).collect();
+        let expected = [2379, 22379, 32379, 42379, 52379, 62379, 12379, 27379, 37379]
+            .map(|port| format!("http://127.0.0.1:{port}"));
+        assert_eq!(urls, expected);
     }
 
     #[test]

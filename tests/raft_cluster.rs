@@ -118,6 +118,8 @@ struct Cluster {
     seed: u64,
     members: BTreeMap<u64, Member>,
     network: Vec<Message>,
+    /// Messages that were sent and not lost.
+    sent: usize,
     /// Members that reach nobody.
     cut: BTreeSet<u64>,
     /// Percent of messages lost and doubled.
@@ -166,6 +168,7 @@ impl Cluster {
             seed,
             members: BTreeMap::new(),
             network: Vec::new(),
+            sent: 0,
             cut: BTreeSet::new(),
             loss: 0,
             double: 0,
@@ -313,6 +316,7 @@ impl Cluster {
             if self.random.chance(self.double) {
                 self.network.push(message.clone());
             }
+            self.sent += 1;
             self.network.push(message);
         }
     }
@@ -547,6 +551,51 @@ fn an_entry_reaches_all_and_survives_a_restart_of_all() {
     cluster.put(leader, "c");
     assert_eq!(cluster.applied_data(), ["a", "b", "c"]);
     assert!(cluster.ids().into_iter().all(|id| cluster.members[&id].applied == 8));
+}
+
+#[test]
+fn a_write_takes_three_messages_for_each_follower() {
+    let mut cluster = Cluster::new(3, 1);
+    let leader = cluster.elect();
+    for data in ["1", "2", "3"] {
+        let before = cluster.sent;
+        cluster.put(leader, data);
+        assert_eq!(cluster.sent - before, 6, "append, answer, commit index: to and from two");
+        let committed = cluster.node(leader).committed();
+        for id in cluster.running() {
+            assert_eq!(cluster.node(id).last_applied(), committed);
+        }
+    }
+}
+
+#[test]
+fn a_lost_acknowledgement_is_asked_for_with_the_next_heartbeat() {
+    let mut cluster = Cluster::new(3, 1);
+    let leader = cluster.elect();
+    let deaf = cluster.running().into_iter().find(|id| *id != leader).expect("a follower");
+    let matched = |cluster: &mut Cluster| {
+        let status = cluster.node(leader).status();
+        let of = |id| status.progress.iter().find(|peer| peer.id.0 == id).expect("a peer").matched;
+        (of(deaf), of(leader))
+    };
+    cluster.node(leader).propose(Bytes::from_static(b"1")).expect("a leader");
+    cluster.drain(leader);
+    while !cluster.network.is_empty() {
+        cluster.deliver(0);
+        for id in cluster.running() {
+            cluster.persist(id, usize::MAX);
+            cluster.drain(id);
+        }
+        cluster.network.retain(|message| message.from != deaf);
+    }
+    cluster.quiet();
+    // It has the entry and knows that it is committed; the leader does not know that it has it.
+    assert_eq!(cluster.node(deaf).last_applied(), cluster.node(leader).committed());
+    let (told, last) = matched(&mut cluster);
+    assert!(told < last);
+    cluster.tick(1);
+    let (told, last) = matched(&mut cluster);
+    assert_eq!(told, last);
 }
 
 #[test]

@@ -53,6 +53,9 @@ pub struct Apply {
     pub snapshot: Option<raftpb::Snapshot>,
     pub entries: Vec<raftpb::Entry>,
     pub waiters: Vec<(u64, oneshot::Sender<Answer>)>,
+    /// Answer with `Applied`, behind whatever else this brings raft; else raft looks for itself, or asks
+    /// to be told (`ApplyProgress`).
+    pub confirm: bool,
 }
 
 /// Drops up to this many superseded revisions.
@@ -258,7 +261,9 @@ impl Applier {
         for change in changes {
             self.conf_changed(change, ctx);
         }
-        self.links.raft.do_send(Applied(last));
+        if self.links.shared.raft.progress.advance(last) || apply.confirm {
+            self.links.raft.do_send(Applied(last));
+        }
         self.metrics.proposals_applied.set(last.0 as f64);
         self.after_change(ctx);
     }
@@ -474,11 +479,13 @@ impl Applier {
                 |kv: &KeyValueBytes| kv.parse().map_or(0, |kv| kv.key.len() + kv.value.len());
             let bytes: usize = puts.map(|event| bytes(&event.kv)).sum();
             self.metrics.total_put_size.increment(bytes as f64);
-            self.links.watch.do_send(self.links.shared.unwatched.pack(
-                store.revision(),
-                effects.events,
-                effects.compactions.last().map(|scheduled| scheduled.at),
-            ));
+            if self.links.shared.is_watched() {
+                self.links.watch.do_send(self.links.shared.unwatched.pack(
+                    store.revision(),
+                    effects.events,
+                    effects.compactions.last().map(|scheduled| scheduled.at),
+                ));
+            }
         }
         if !effects.leases.is_empty() {
             self.links.leases.do_send(LeaseChanges(effects.leases));

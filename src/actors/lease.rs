@@ -158,8 +158,7 @@ impl LeaseManager {
             tracing::debug!("lease-id" = %id, "lease expired");
             let request = Request::LeaseRevoke(pb::LeaseRevokeRequest { id: id.0 });
             // Nobody else may be permitted to write all of its keys.
-            let auth = self.shared.published.load().auth.clone();
-            let caller = if auth.enabled() { Caller::root(&auth) } else { Caller::NOBODY };
+            let caller = Caller::root(&self.shared.published.load().auth);
             // An entry that was lost with its leader is never answered; it must not keep its place.
             let done = tokio::time::timeout(self.retry, self.propose(caller, request));
             ctx.spawn(done.into_actor(self).map(|done, this, ctx| {

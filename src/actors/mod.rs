@@ -27,6 +27,10 @@
 //! the log, `Apply` to the state, which it replaces, the engine included. So
 //! `engine <= applied <= committed <= last`.
 //!
+//! What costs a message only where someone waits: how far the applier is (`ApplyProgress`; raft looks
+//! when it runs anyway), and what was written (nobody tells the watch hub while it has no streams). On a
+//! write's way each message between threads is a wake-up, and those are most of what it costs.
+//!
 //! How deep the queues are: `Append` and `Apply` are bounded by credits (4 each, the rest merges in the
 //! raft node); engine batches by one in flight and an overlay of ten batches, behind which the applier
 //! holds entries back; client requests by the raft actor's mailbox and the "too many requests" gate;

@@ -124,7 +124,8 @@ pub struct SnapshotDone {
 #[rtype(result = "crate::core::raft::Status")]
 pub struct GetStatus;
 
-/// The applier has applied everything up to this index, and published it.
+/// The applier has applied everything up to this index, and published it: sent where `Apply` asked for
+/// it, or raft has since (`ApplyProgress`).
 #[derive(Message, Clone, Copy, PartialEq, Eq, Debug)]
 #[rtype(result = "()")]
 pub struct Applied(pub Index);
@@ -239,7 +240,8 @@ pub struct RaftActor {
     drive_due: bool,
     work: usize,
     appends: usize,
-    applies: usize,
+    /// What the applier has of it: the last index of each `Apply`, and whether it is to be confirmed.
+    applies: VecDeque<(Index, bool)>,
     committed: Vec<raftpb::Entry>,
     /// A snapshot received, and the number of the output that it came with: once that is on disk, it goes
     /// to the applier, before anything in `committed`.
@@ -295,7 +297,7 @@ impl RaftActor {
             drive_due: false,
             work: 0,
             appends: 0,
-            applies: 0,
+            applies: VecDeque::new(),
             committed: Vec::new(),
             install: None,
             persisted: 0,
@@ -373,6 +375,7 @@ impl RaftActor {
         if self.exit.failed() {
             return;
         }
+        self.look_at_applied();
         self.propose_all();
         self.propose_changes();
         self.start_read_round();
@@ -382,6 +385,43 @@ impl RaftActor {
             self.start_read_round();
         }
         self.hand_out_committed();
+        // Whatever waits for the applier is told by a message; all else by the next look.
+        let waits = !self.unapplied.is_empty()
+            || self.offer_due
+            || self.applies.len() >= APPLIES_IN_FLIGHT
+            || self.shared.leader().is_none();
+        if waits && !self.applies.is_empty() {
+            self.shared.raft.progress.want();
+            self.look_at_applied();
+            self.hand_out_committed();
+        }
+    }
+
+    /// Takes note of what is applied, up to the next batch that brings more than its index.
+    fn look_at_applied(&mut self) {
+        let applied = self.shared.raft.progress.applied();
+        let plain = |(last, confirm): &(Index, bool)| *last <= applied && !confirm;
+        let mut newest = None;
+        while let Some((last, _)) = self.applies.pop_front_if(|apply| plain(apply)) {
+            newest = Some(last);
+        }
+        if let Some(index) = newest {
+            self.applied(index);
+        }
+    }
+
+    fn applied(&mut self, index: Index) {
+        self.node.applied(index);
+        self.campaign_if_alone();
+        while let Some((_, waiters)) = self.unapplied.pop_front_if(|(needed, _)| *needed <= index) {
+            for waiter in waiters {
+                answer(waiter, Ok(()));
+            }
+        }
+        if self.offer_due {
+            self.offer_snapshot();
+        }
+        self.compact(index);
     }
 
     fn handle(&mut self, output: Output) {
@@ -395,7 +435,7 @@ impl RaftActor {
         if output.snapshot_wanted.is_some() {
             self.offer_due = true;
             // With batches on their way to the applier, the node may know members of later ones already.
-            if self.applies == 0 {
+            if self.applies.is_empty() {
                 self.offer_snapshot();
             }
         }
@@ -572,7 +612,7 @@ impl RaftActor {
     }
 
     fn hand_out_committed(&mut self) {
-        if self.applies >= APPLIES_IN_FLIGHT {
+        if self.applies.len() >= APPLIES_IN_FLIGHT {
             return;
         }
         let persisted = self.persisted;
@@ -581,12 +621,16 @@ impl RaftActor {
         if snapshot.is_none() && self.committed.is_empty() {
             return;
         }
-        self.applies += 1;
-        self.applier.do_send(Apply {
-            snapshot,
-            entries: std::mem::take(&mut self.committed),
-            waiters: std::mem::take(&mut self.waiters),
-        });
+        let entries = std::mem::take(&mut self.committed);
+        let installed = snapshot.as_ref().and_then(|snapshot| snapshot.metadata.as_ref());
+        let last = entries.last().map(|entry| entry.index);
+        let last = last.or(installed.map(|metadata| metadata.index));
+        // What the applier says about these comes by message, and before it says that they are applied.
+        let changes = |entry: &raftpb::Entry| entry.r#type != raftpb::EntryType::EntryNormal as i32;
+        let confirm = snapshot.is_some() || entries.iter().any(changes);
+        self.applies.push_back((Index(last.unwrap_or_default()), confirm));
+        let waiters = std::mem::take(&mut self.waiters);
+        self.applier.do_send(Apply { snapshot, entries, waiters, confirm });
     }
 
     /// A cluster of one need not wait for an election timeout. It can campaign once every
@@ -737,6 +781,7 @@ impl Handler<GetStatus> for RaftActor {
     type Result = MessageResult<GetStatus>;
 
     fn handle(&mut self, _: GetStatus, _: &mut Self::Context) -> Self::Result {
+        self.look_at_applied();
         MessageResult(self.node.status())
     }
 }
@@ -756,18 +801,12 @@ impl Handler<Applied> for RaftActor {
     type Result = ();
 
     fn handle(&mut self, Applied(index): Applied, ctx: &mut Self::Context) {
-        self.applies -= 1;
-        self.node.applied(index);
-        self.campaign_if_alone();
-        while let Some((_, waiters)) = self.unapplied.pop_front_if(|(needed, _)| *needed <= index) {
-            for waiter in waiters {
-                answer(waiter, Ok(()));
-            }
+        // A look may have been quicker.
+        let before = self.applies.len();
+        self.applies.retain(|(last, _)| *last > index);
+        if self.applies.len() < before {
+            self.applied(index);
         }
-        if self.offer_due {
-            self.offer_snapshot();
-        }
-        self.compact(index);
         self.drive_soon(ctx);
     }
 }
@@ -810,9 +849,10 @@ impl Handler<TransferLeader> for RaftActor {
 impl Handler<AwaitApplied> for RaftActor {
     type Result = ();
 
-    fn handle(&mut self, AwaitApplied(waiter): AwaitApplied, _: &mut Self::Context) {
+    fn handle(&mut self, AwaitApplied(waiter): AwaitApplied, ctx: &mut Self::Context) {
         if !self.abandoned {
             self.when_applied(self.node.committed(), vec![waiter]);
+            self.drive_soon(ctx);
         }
     }
 }
@@ -908,6 +948,30 @@ mod tests {
             assert!(refused.await.is_err());
             let entries = handed_on(&mut rig).await;
             assert_eq!(entries.iter().map(|e| &e.data[..]).collect::<Vec<_>>(), [b"101"]);
+            rig.stop().await;
+        });
+    }
+
+    /// The applier tells of most batches only where it is asked to.
+    #[test]
+    fn whoever_waits_for_the_applier_is_told() {
+        actix::System::new().block_on(async {
+            let dir = tempfile::tempdir().unwrap();
+            let mut rig = follower(dir.path()).await;
+            for _ in 0..200 {
+                let entry =
+                    raftpb::Entry { term: 1, index: rig.last().0 + 1, ..Default::default() };
+                rig.append(vec![entry]);
+                let committed = rig.last();
+                let (waiter, told) = oneshot::channel();
+                // Behind the append in the mailbox, so that it is known as committed.
+                rig.raft.do_send(AwaitApplied(waiter));
+                let told = tokio::time::timeout(PATIENCE, told).await.expect("told in time");
+                assert!(told.expect("an answer").is_ok());
+                assert!(rig.shared.published.load().applied >= committed);
+            }
+            let status = rig.raft.send(GetStatus).await.unwrap();
+            assert_eq!(status.applied, rig.last());
             rig.stop().await;
         });
     }

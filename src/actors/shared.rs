@@ -1,7 +1,7 @@
 //! What actors publish for readers: never a mailbox, never a lock on the read path.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -79,10 +79,40 @@ pub struct RaftView {
     pub leading: AtomicBool,
     /// When raft last ticked, in milliseconds of [`Shared::now`].
     pub ticked: AtomicU64,
+    /// What the applier has applied and raft has not asked for yet.
+    pub progress: ApplyProgress,
     /// `leader` for those who wait for another one.
     pub leaders: watch::Sender<MemberId>,
     /// When the last leaders came and went.
     times: Mutex<LeaderTimes>,
+}
+
+/// How far the applier is, without a message to raft for each batch: raft looks when it runs anyway, and
+/// asks to be told only where something waits for it.
+#[derive(Default)]
+pub struct ApplyProgress {
+    applied: AtomicU64,
+    wanted: AtomicBool,
+}
+
+impl ApplyProgress {
+    /// Everything up to `index` is applied and published. Answers whether raft wants to be told.
+    // One of two that write one variable and read the other sees what the other wrote: with `SeqCst`
+    // either raft finds this index, or the applier finds that it is wanted.
+    pub fn advance(&self, index: Index) -> bool {
+        self.applied.store(index.0, Ordering::SeqCst);
+        self.wanted.load(Ordering::SeqCst) && self.wanted.swap(false, Ordering::SeqCst)
+    }
+
+    /// Asks to be told of the next advance. To be followed by a look at [`ApplyProgress::applied`].
+    pub fn want(&self) {
+        self.wanted.store(true, Ordering::SeqCst);
+    }
+
+    /// The last index applied; 0 until the first advance.
+    pub fn applied(&self) -> Index {
+        Index(self.applied.load(Ordering::SeqCst))
+    }
 }
 
 #[derive(Clone, Copy, Default)]
@@ -108,6 +138,8 @@ pub struct Shared {
     pub reclaiming: Mutex<()>,
     /// What the applier has told the watch hub and the hub has not heard yet.
     pub unwatched: Backlog,
+    /// Whether there is a stream of watchers at all.
+    watched: AtomicBool,
     started: Instant,
     next_request: AtomicU64,
 }
@@ -130,6 +162,7 @@ impl Shared {
             defragmenting: AtomicBool::new(false),
             reclaiming: Mutex::new(()),
             unwatched: Backlog::default(),
+            watched: AtomicBool::new(false),
             started: Instant::now(),
             next_request: AtomicU64::new(first),
         }
@@ -143,6 +176,22 @@ impl Shared {
     /// The clock that core is given.
     pub fn now(&self) -> Uptime {
         Uptime(self.started.elapsed().as_millis() as u64)
+    }
+
+    /// Whether the watch hub has to be told of what was published just now.
+    pub fn is_watched(&self) -> bool {
+        // After the publication, as in `set_watched` before the look at it: either the applier finds
+        // the first stream here, or the hub finds what was published.
+        fence(Ordering::SeqCst);
+        self.watched.load(Ordering::Relaxed)
+    }
+
+    /// The first stream of watchers is there, or the last one has gone. The revision published last: of
+    /// what comes after it, the hub is told.
+    pub fn set_watched(&self, watched: bool) -> i64 {
+        self.watched.store(watched, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+        self.published.load().store.revision()
     }
 
     /// The member that leads, as far as this one knows.

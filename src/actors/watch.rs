@@ -1,6 +1,6 @@
 //! The watch hub's shell: events in, responses to the streams that match.
 //!
-//! in:  `Events` from actors/applier.rs; `Open`, `Ask`, `Delivered`, `Close` from
+//! in:  `Events` from actors/applier.rs, while there are streams; `Open`, `Ask`, `Delivered`, `Close` from
 //!      transport/grpc/watch.rs
 //! out: responses into each stream's own channel, whose depth the hub's credits bound
 
@@ -189,11 +189,19 @@ impl Handler<Events> for WatchHub {
     type Result = ();
 
     fn handle(&mut self, events: Events, ctx: &mut Self::Context) {
-        let history = SharedHistory::new(&self.shared);
         self.shared.unwatched.taken(&events);
+        if self.streams.is_empty() {
+            return;
+        }
+        let history = SharedHistory::new(&self.shared);
+        let told = self.hub.revision();
         let result = match &events.events {
-            Some(changes) => self.hub.events(events.revision, changes, &history),
-            None => {
+            // Published before the first stream was opened, and known since then.
+            Some(_) if events.revision <= told => Ok(()),
+            Some(changes) if changes.first().is_none_or(|first| first.revision.main > told) => {
+                self.hub.events(events.revision, changes, &history)
+            }
+            _ => {
                 self.hub.restored(events.revision);
                 Ok(())
             }
@@ -210,6 +218,10 @@ impl Handler<Open> for WatchHub {
     type Result = ();
 
     fn handle(&mut self, open: Open, _: &mut Self::Context) {
+        if self.streams.is_empty() {
+            let revision = self.shared.set_watched(true);
+            self.hub.restored(revision);
+        }
         self.hub.open(open.stream, self.shared.now());
         self.streams.insert(open.stream, open.responses);
     }
@@ -253,6 +265,9 @@ impl Handler<Close> for WatchHub {
     fn handle(&mut self, Close(stream): Close, ctx: &mut Self::Context) {
         if self.streams.remove(&stream).is_some() {
             self.hub.close(stream);
+            if self.streams.is_empty() {
+                self.shared.set_watched(false);
+            }
             self.after(Ok(()), ctx);
         }
     }
@@ -327,6 +342,59 @@ mod tests {
             assert_eq!(seen, ["k2", "k3", "k4"], "in order, each once");
             tell("k5");
             assert_eq!(keys(&mut responses).await, ["k5"]);
+            assert_eq!(shared.unwatched.0.load(Ordering::Acquire), 0);
+        });
+    }
+
+    /// Opens a stream with one watcher of all keys, from `start` on; 0 for from now on.
+    async fn watcher(
+        hub: &Addr<WatchHub>,
+        stream: StreamId,
+        start: i64,
+    ) -> mpsc::UnboundedReceiver<WatchResponse> {
+        let (sender, mut responses) = mpsc::unbounded_channel();
+        hub.do_send(Open { stream, responses: sender });
+        let create = WatchCreateRequest {
+            key: "\0".into(),
+            range_end: "\0".into(),
+            start_revision: start,
+            ..Default::default()
+        };
+        let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
+        assert_eq!(hub.send(Ask { stream, request }).await, Ok(true));
+        assert!(keys(&mut responses).await.is_empty(), "created");
+        responses
+    }
+
+    #[test]
+    fn without_streams_the_hub_is_not_told_and_misses_nothing() {
+        actix::System::new().block_on(async {
+            let mut bench = Bench::new();
+            let shared = bench.shared.clone();
+            let hub = Hub::new(HubOptions::default(), bench.revision(), 1);
+            let hub = WatchHub::new(hub, shared.clone(), Exit::new().0).start();
+            assert!(!shared.is_watched());
+            bench.put("k1");
+            // The applier found a stream, which was opened after it had published.
+            let events = bench.put("k2");
+            let late = shared.unwatched.pack(bench.revision(), events, None);
+            let mut responses = watcher(&hub, StreamId(1), 0).await;
+            assert!(shared.is_watched());
+            hub.do_send(late);
+            let events = bench.put("k3");
+            hub.do_send(shared.unwatched.pack(bench.revision(), events, None));
+            assert_eq!(keys(&mut responses).await, ["k3"]);
+
+            hub.send(Close(StreamId(1))).await.unwrap();
+            assert!(!shared.is_watched());
+            bench.put("k4");
+            let from = bench.revision() - 1;
+            let mut responses = watcher(&hub, StreamId(2), from).await;
+            let mut seen = keys(&mut responses).await;
+            while seen.len() < 2 {
+                seen.extend(keys(&mut responses).await);
+            }
+            assert_eq!(seen, ["k3", "k4"]);
             assert_eq!(shared.unwatched.0.load(Ordering::Acquire), 0);
         });
     }

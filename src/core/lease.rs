@@ -12,6 +12,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
+use std::ops::Bound;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -78,6 +79,19 @@ impl Lease {
     pub fn key_count(&self) -> usize {
         self.keys.few.len() + self.keys.many.len()
     }
+
+    /// Whether a key is attached that is at or after `from`, and before `to` if that is given.
+    pub fn has_key_in(&self, from: &[u8], to: Option<&[u8]>) -> bool {
+        let few = &self.keys.few;
+        let found = few
+            .get(few.partition_point(|key| &key[..] < from))
+            .or_else(|| self.keys.many.range::<_, [u8]>(bounds(from)).next());
+        found.is_some_and(|key| to.is_none_or(|to| &key[..] < to))
+    }
+}
+
+fn bounds(from: &[u8]) -> (Bound<&[u8]>, Bound<&[u8]>) {
+    (Bound::Included(from), Bound::Unbounded)
 }
 
 /// A sorted set of keys. A lease commonly has one key, for which a tree node would waste a
@@ -239,6 +253,23 @@ impl LeaseTable {
     /// The keys attached to lease `id`, ascending; none if there is no such lease.
     pub fn keys(&self, id: LeaseId) -> impl Iterator<Item = &Bytes> {
         self.get(id).into_iter().flat_map(Lease::keys)
+    }
+
+    /// How many keys are attached to any lease.
+    pub fn attached_count(&self) -> usize {
+        self.attached.len()
+    }
+
+    /// The keys attached to any lease, ascending.
+    pub fn attached(&self) -> impl Iterator<Item = &Bytes> {
+        self.attached.keys()
+    }
+
+    /// Whether a key is attached to any lease that is at or after `from`, and before `to` if that is
+    /// given.
+    pub fn has_attached_in(&self, from: &[u8], to: Option<&[u8]>) -> bool {
+        let found = self.attached.range::<_, [u8]>(bounds(from)).next();
+        found.is_some_and(|(key, _)| to.is_none_or(|to| &key[..] < to))
     }
 
     /// All leases by ascending id.
@@ -879,9 +910,27 @@ mod tests {
                     .map(|(k, _)| &k[..])
                     .collect();
                 assert_eq!(keys_of(&table, id), expect, "{what}");
-                if let Some(lease) = table.get(LeaseId(id)) {
-                    assert_eq!(lease.key_count(), expect.len(), "{what}");
+                let (from, to) = (name.as_str(), format!("k{:03}", random.below(120)));
+                let within =
+                    |key: &str, to: Option<&str>| key >= from && to.is_none_or(|to| key < to);
+                for to in [None, Some(&to[..])] {
+                    let bytes = to.map(str::as_bytes);
+                    if let Some(lease) = table.get(LeaseId(id)) {
+                        assert_eq!(lease.key_count(), expect.len(), "{what}");
+                        assert_eq!(
+                            lease.has_key_in(from.as_bytes(), bytes),
+                            expect.iter().any(|key| within(key, to)),
+                            "{what}: {from} to {to:?}"
+                        );
+                    }
+                    assert_eq!(
+                        table.has_attached_in(from.as_bytes(), bytes),
+                        attached.keys().any(|key| within(key, to)),
+                        "{what}: {from} to {to:?}"
+                    );
                 }
+                assert_eq!(table.attached_count(), attached.len(), "{what}");
+                assert!(table.attached().eq(attached.keys().map(String::as_bytes)), "{what}");
             }
         }
     }

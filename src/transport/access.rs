@@ -178,3 +178,344 @@ impl Member {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+    use std::time::Duration;
+
+    use engine_api::Batch;
+    use quorate_proto::authpb::{Permission, UserAddOptions, permission};
+    use tonic::Extensions;
+    use tonic::metadata::MetadataMap;
+
+    use super::*;
+    use crate::actors::applier::TokenSink as _;
+    use crate::core::apply::{Machine, TokenChange};
+    use crate::core::auth::AuthStore;
+    use crate::core::auth::password::Salt;
+    use crate::core::membership::{Membership, Version};
+    use crate::core::types::{ClusterId, Index, MemberId};
+    use crate::transport::identity::ClientCert;
+    use crate::transport::member::tests::{Silent, silent_over};
+
+    const TIMEOUT: Duration = Duration::from_millis(30);
+    const SECRET_LEASE: i64 = 7;
+
+    fn user(auth: &mut AuthStore, name: &str) {
+        let add = pb::AuthUserAddRequest {
+            name: name.into(),
+            options: Some(UserAddOptions { no_password: true }),
+            ..Default::default()
+        };
+        auth.user_add(&add, &Salt { id: 1, index: 1 }, &mut Batch::default()).unwrap();
+    }
+
+    /// Users root and alice, who may read and write from `a` to `b`. Key `secret` has a lease.
+    fn machine(enabled: bool) -> Machine {
+        let members = Membership::new(ClusterId(1), MemberId(1), 1);
+        let mut machine = Machine::new(members, 2, Version::parse("3.7.1").unwrap());
+        machine.leases.grant(LeaseId(SECRET_LEASE), 60).unwrap();
+        machine.leases.attach(b"secret", LeaseId(SECRET_LEASE)).unwrap();
+        let (auth, batch) = (&mut machine.auth, &mut Batch::default());
+        user(auth, "root");
+        user(auth, "alice");
+        auth.user_grant_role("root", "root", batch).unwrap();
+        auth.role_add("r", batch).unwrap();
+        auth.user_grant_role("alice", "r", batch).unwrap();
+        let perm = Permission {
+            perm_type: permission::Type::Readwrite as i32,
+            key: "a".into(),
+            range_end: "b".into(),
+        };
+        let grant = pb::AuthRoleGrantPermissionRequest { name: "r".into(), perm: Some(perm) };
+        auth.role_grant_permission(&grant, batch).unwrap();
+        if enabled {
+            auth.enable(batch).unwrap();
+        }
+        machine
+    }
+
+    fn silent(enabled: bool) -> Silent {
+        let silent = silent_over(&machine(enabled), TIMEOUT);
+        for (username, index) in [("root", 1), ("alice", 2)] {
+            let (username, token) = (username.to_string(), token(username, index));
+            silent.member.tokens.changed(&TokenChange::Assigned { username, token });
+        }
+        silent
+    }
+
+    fn token(user: &str, index: u64) -> String {
+        format!("{user:z<16}.{index}")
+    }
+
+    fn shows(pairs: &[(&'static str, &str)]) -> MetadataMap {
+        let mut metadata = MetadataMap::new();
+        for (key, value) in pairs {
+            metadata.insert(*key, value.parse().unwrap());
+        }
+        metadata
+    }
+
+    fn text<T: std::fmt::Debug>(result: Result<T, Status>) -> String {
+        result.unwrap_err().message().to_string()
+    }
+
+    async fn as_user<Q: Gated>(member: &Arc<Member>, name: &str, request: &Q) -> String {
+        let shown = match name {
+            "" => shows(&[]),
+            "root" => shows(&[("token", &token(name, 1))]),
+            "alice" => shows(&[("token", &token(name, 2))]),
+            other => shows(&[("token", other)]),
+        };
+        let extensions = Extensions::default();
+        match member.let_in(Credentials::of(&shown, &extensions), request).await {
+            Ok(_) => "in".into(),
+            Err(status) => status.message().trim_start_matches("etcdserver: ").into(),
+        }
+    }
+
+    /// What someone without a credential, alice, root and someone with a bad token are told.
+    async fn told<Q: Gated>(member: &Arc<Member>, request: Q) -> [String; 4] {
+        [
+            as_user(member, "", &request).await,
+            as_user(member, "alice", &request).await,
+            as_user(member, "root", &request).await,
+            as_user(member, "bad", &request).await,
+        ]
+    }
+
+    const EMPTY: &str = "user name is empty";
+    const DENIED: &str = "permission denied";
+    const BAD: &str = "invalid auth token";
+    /// The test's raft never says that authentication is on for certain.
+    const UNSURE: &str = "request timed out";
+
+    #[test]
+    fn a_call_is_let_in_by_what_it_needs() {
+        actix::System::new().block_on(async {
+            let silent = silent(true);
+            let member = &silent.member;
+            let root_only = [EMPTY, DENIED, "in", BAD];
+            let any_user = [EMPTY, "in", "in", BAD];
+            let logged = [UNSURE, "in", "in", BAD];
+            let anyone = ["in"; 4];
+            macro_rules! assert_told {
+                ($($request:expr => $expected:expr;)*) => {$(
+                    let request = stringify!($request);
+                    assert_eq!(told(member, $request).await, $expected, "{request}");
+                )*};
+            }
+            let keys = |key: &str| pb::WatchCreateRequest {
+                key: key.to_string().into(),
+                ..Default::default()
+            };
+            let range = |key: &str, end: &str| pb::WatchCreateRequest {
+                range_end: end.to_string().into(),
+                ..keys(key)
+            };
+            let ttl = |keys| pb::LeaseTimeToLiveRequest { id: SECRET_LEASE, keys };
+            let alarm = |action| pb::AlarmRequest { action, ..Default::default() };
+            assert_told! {
+                pb::CompactionRequest::default() => root_only;
+                keys("a") => any_user;
+                range("a", "b") => any_user;
+                range("a", "c") => root_only;
+                range("a", "\0") => root_only;
+                keys("secret") => root_only;
+                keys("") => root_only;
+                pb::LeaseGrantRequest::default() => any_user;
+                pb::LeaseRevokeRequest::default() => logged;
+                pb::LeaseKeepAliveRequest { id: SECRET_LEASE } => root_only;
+                pb::LeaseKeepAliveRequest { id: 8 } => any_user;
+                ttl(true) => root_only;
+                ttl(false) => any_user;
+                pb::LeaseLeasesRequest::default() => root_only;
+                pb::MemberAddRequest::default() => root_only;
+                pb::MemberRemoveRequest::default() => root_only;
+                pb::MemberUpdateRequest::default() => root_only;
+                pb::MemberPromoteRequest::default() => root_only;
+                pb::MemberListRequest::default() => any_user;
+                alarm(0) => any_user;
+                alarm(1) => root_only;
+                alarm(2) => root_only;
+                pb::StatusRequest::default() => any_user;
+                pb::DefragmentRequest::default() => root_only;
+                pb::HashRequest::default() => root_only;
+                pb::HashKvRequest::default() => root_only;
+                pb::SnapshotRequest::default() => root_only;
+                pb::MoveLeaderRequest::default() => root_only;
+                pb::DowngradeRequest::default() => root_only;
+                pb::AuthStatusRequest::default() => ["in", "in", "in", BAD];
+                pb::AuthenticateRequest::default() => anyone;
+                health::HealthCheckRequest::default() => anyone;
+                health::HealthListRequest::default() => anyone;
+                pb::RangeRequest::default() => ["in", "in", "in", BAD];
+                pb::PutRequest::default() => logged;
+                pb::DeleteRangeRequest::default() => logged;
+                pb::TxnRequest::default() => logged;
+                pb::AuthEnableRequest::default() => logged;
+                pb::AuthDisableRequest::default() => logged;
+                pb::AuthUserAddRequest::default() => logged;
+                pb::AuthUserGetRequest::default() => logged;
+                pb::AuthRoleListRequest::default() => logged;
+            }
+        });
+    }
+
+    #[test]
+    fn while_authentication_is_off_nothing_is_looked_at() {
+        actix::System::new().block_on(async {
+            let silent = silent(false);
+            for name in ["", "alice", "bad"] {
+                let told = as_user(&silent.member, name, &pb::CompactionRequest::default()).await;
+                assert_eq!(told, "in");
+                let told = as_user(&silent.member, name, &pb::PutRequest::default()).await;
+                assert_eq!(told, "in");
+            }
+            let shown = shows(&[("token", &token("alice", 2))]);
+            let who = silent.member.who(Credentials::of(&shown, &Extensions::default())).await;
+            assert_eq!(who.unwrap(), Who::NOBODY);
+        });
+    }
+
+    #[test]
+    fn the_first_credential_counts_whatever_it_is() {
+        actix::System::new().block_on(async {
+            let silent = silent(true);
+            let (alice, root) = (token("alice", 2), token("root", 1));
+            let bearer = format!("Bearer {root}");
+            let cert = |name: Option<&str>| Some(ClientCert { common_name: name.map(Into::into) });
+            let gateway = ("grpcgateway-accept", "*/*");
+            for (shown, cert, expected) in [
+                (shows(&[]), None, Ok("")),
+                (shows(&[("token", &alice)]), None, Ok("alice")),
+                (shows(&[("authorization", &root)]), None, Ok("root")),
+                (shows(&[("authorization", &bearer)]), None, Ok("root")),
+                (shows(&[("token", &bearer)]), None, Ok("root")),
+                (shows(&[("token", &alice), ("authorization", &root)]), None, Ok("alice")),
+                (shows(&[("token", "x"), ("authorization", &root)]), None, Err(BAD)),
+                (shows(&[("token", &alice)]), cert(Some("root")), Ok("alice")),
+                (shows(&[("token", "x")]), cert(Some("root")), Err(BAD)),
+                (shows(&[("token", "")]), cert(Some("root")), Err(BAD)),
+                (shows(&[]), cert(Some("root")), Ok("root")),
+                (shows(&[]), cert(Some("")), Ok("")),
+                (shows(&[]), cert(None), Ok("")),
+                (shows(&[gateway]), cert(Some("root")), Ok("")),
+                (shows(&[gateway, ("authorization", &alice)]), cert(Some("root")), Ok("alice")),
+            ] {
+                let mut extensions = Extensions::default();
+                if let Some(cert) = cert.clone() {
+                    extensions.insert(cert);
+                }
+                let credentials = Credentials::of(&shown, &extensions);
+                let (kept, now) = (credentials.to_owned(), silent.member.now());
+                for credentials in [credentials, kept.borrowed()] {
+                    let who = silent.member.who(credentials).await;
+                    let caller = who.map(|who| who.at(&now.auth));
+                    match expected {
+                        Ok(name) => {
+                            let caller = caller.unwrap();
+                            assert_eq!(caller.username, name, "{shown:?} {cert:?}");
+                            let revision = if name.is_empty() { 0 } else { now.auth.revision() };
+                            assert_eq!(caller.revision, revision);
+                        }
+                        Err(why) => assert!(text(caller).ends_with(why), "{shown:?} {cert:?}"),
+                    }
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn a_token_of_a_login_that_is_not_applied_here_is_waited_for() {
+        actix::System::new().block_on(async {
+            let silent = silent(true);
+            let member = silent.member.clone();
+            let late = token("carol", 9);
+            let waiting = actix::spawn({
+                let (member, late) = (member.clone(), late.clone());
+                async move {
+                    // Longer than the wait below can take.
+                    let shown = shows(&[("token", &late)]);
+                    member.who(Credentials::of(&shown, &Extensions::default())).await
+                }
+            });
+            tokio::task::yield_now().await;
+            assert!(!waiting.is_finished());
+            let username = "alice".to_string();
+            member.tokens.changed(&TokenChange::Assigned { username, token: late });
+            let applied = Published { applied: Index(9), ..Published::clone(&member.now()) };
+            member.shared.published.store(Arc::new(applied));
+            member.tokens.applied();
+            let who = waiting.await.unwrap().unwrap();
+            assert_eq!(who.at(&member.now().auth).username, "alice");
+            // One that is not there although its entry is applied, and one that never comes.
+            for index in [9, 10] {
+                let shown = shows(&[("token", &token("dave", index))]);
+                let told = member.who(Credentials::of(&shown, &Extensions::default())).await;
+                assert!(text(told).ends_with(BAD));
+            }
+        });
+    }
+
+    #[test]
+    fn a_read_is_checked_against_the_state_that_it_reads() {
+        actix::System::new().block_on(async {
+            let silent = silent(true);
+            let member = &silent.member;
+            let shown = shows(&[("token", &token("alice", 2))]);
+            let who = member.who(Credentials::of(&shown, &Extensions::default())).await.unwrap();
+            let range =
+                |key: &str| pb::RangeRequest { key: key.to_string().into(), ..Default::default() };
+            let read = |key: &str| {
+                member.read_as(&who, Asked::Range(&range(key)), |now, _| Ok(now.auth.revision()))
+            };
+            assert_eq!(read("a").unwrap(), member.now().auth.revision());
+            assert_eq!(text(read("secret")), status::permission_denied().message());
+            // The role is taken away after the caller was let in.
+            let mut auth = AuthStore::clone(&member.now().auth);
+            auth.user_revoke_role("alice", "r", &mut Batch::default()).unwrap();
+            let without = Published { auth: Arc::new(auth), ..Published::clone(&member.now()) };
+            member.shared.published.store(Arc::new(without));
+            assert_eq!(text(read("a")), status::permission_denied().message());
+        });
+    }
+
+    #[test]
+    fn a_signed_token_is_of_the_revision_that_it_names() {
+        actix::System::new().block_on(async {
+            use crate::config::{AuthToken, JwtOptions};
+            use crate::transport::token::{Issue, SystemClock, Tokens};
+            let dir = tempfile::tempdir().unwrap();
+            let priv_key = dir.path().join("secret");
+            std::fs::write(&priv_key, "secret").unwrap();
+            let options = JwtOptions {
+                sign_method: "HS256".into(),
+                pub_key: Path::new("").into(),
+                priv_key,
+                ttl: Duration::from_secs(60),
+            };
+            let clock = Box::new(SystemClock::default());
+            let tokens = Tokens::new(&AuthToken::Jwt(options), TIMEOUT, clock).unwrap();
+            let silent = silent_over(&machine(true), TIMEOUT);
+            let Silent { member, .. } = silent;
+            let mut member = Arc::into_inner(member).expect("nobody else has it");
+            member.tokens = Arc::new(tokens);
+            let member = Arc::new(member);
+            let revision = member.now().auth.revision();
+            for (revision, keys, role) in
+                [(revision, "in", "in"), (revision - 1, "revision of auth store is old", "in")]
+            {
+                let Ok(Issue::Signed(token)) = member.tokens.issue("root", revision) else {
+                    panic!("a signed token")
+                };
+                let watch = pb::WatchCreateRequest { key: "k".into(), ..Default::default() };
+                assert_eq!(as_user(&member, &token, &watch).await, keys);
+                // Role root is enough under any revision.
+                let compaction = pb::CompactionRequest::default();
+                assert_eq!(as_user(&member, &token, &compaction).await, role);
+            }
+        });
+    }
+}

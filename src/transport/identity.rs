@@ -24,7 +24,7 @@ pub struct ClientCert {
 const FROM_GATEWAY: &str = "grpcgateway-accept";
 
 /// What a call shows of who makes it. `T` is text: borrowed for a single call, owned for a stream.
-#[derive(Clone, PartialEq, Eq, Default, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Default, Debug)]
 pub struct Credentials<T> {
     /// Shown, if not always good.
     token: Option<T>,

@@ -1,4 +1,4 @@
-//! Passwords: hashed and compared on threads of their own, which give way to all others.
+//! Passwords: hashed and compared on threads of their own, which give way to the others.
 //!
 //! bcrypt is slow on purpose, tens of milliseconds by default. Whoever logs in waits in a queue that is
 //! bounded in number; a server that answers puts goes on doing so whatever the crowd at its door.
@@ -160,10 +160,14 @@ fn work(inner: &Inner) {
     }
 }
 
-/// Gives this thread the lowest priority.
+/// How far the threads stand back. A thread that answers puts gets five times their share of a core that
+/// both want. Not further: on a machine that is busy with something else, nobody could log in any more.
+const NICE: i32 = 7;
+
+/// Lowers the priority of this thread.
 fn give_way() {
     // SAFETY: it takes a number and touches no memory. On Linux it is the calling thread's priority.
-    let nice = unsafe { libc::nice(19) };
+    let nice = unsafe { libc::nice(NICE) };
     if nice == -1 {
         // Only competes as any other thread then.
         tracing::debug!("the threads that hash passwords keep their priority");

@@ -1,6 +1,7 @@
 //! The multi-version store and the state machine around it: readable scripts, a model, readers that
 //! race with compaction.
 
+mod auth;
 mod member;
 mod model;
 mod readers;

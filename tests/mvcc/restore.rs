@@ -4,7 +4,7 @@ use bytes::Bytes;
 use engine_api::{Batch, Durability, Engine, EngineError, Table};
 use engine_memory::Memory;
 use prost::Message;
-use quorate::core::apply::{ApplyError, Effects, Fatal, Machine, Reply, RestoreError, Restored};
+use quorate::core::apply::{ApplyError, Effects, Machine, Reply, Restored};
 use quorate::core::auth::AuthError;
 use quorate::core::command::Request;
 use quorate::core::mvcc::Values;
@@ -26,7 +26,7 @@ fn engine(rows: &[(Table, Bytes, Bytes)]) -> Memory {
     engine
 }
 
-fn restore(engine: &Memory) -> Result<Restored, RestoreError> {
+fn restore(engine: &Memory) -> Result<Restored, EngineError> {
     Machine::restore(&*engine.view().unwrap(), membership(), TTL_MIN, SERVER)
 }
 
@@ -134,7 +134,7 @@ fn damage_is_refused_and_named() {
         let mut rows = vec![good()];
         rows.extend(bad);
         let error = restore(&engine(&rows)).err().expect(what);
-        let corrupt = matches!(error, RestoreError::Engine(EngineError::Corrupt { .. }));
+        let corrupt = matches!(error, EngineError::Corrupt { .. });
         assert!(corrupt, "{error}");
         assert!(error.to_string().contains(what), "{error} instead of {what}");
     }
@@ -187,35 +187,4 @@ fn users_and_roles_outlive_a_restart_and_leave_the_keys_alone() {
         panic!("a status")
     };
     assert_eq!((status.enabled, status.auth_revision), (false, 5));
-}
-
-#[test]
-fn authentication_is_not_served_without_being_enforced() {
-    let state = |value: &'static [u8]| {
-        engine(&[(Table::Auth, Bytes::from_static(b"authEnabled"), Bytes::from_static(value))])
-    };
-    assert!(restore(&state(&[0])).is_ok());
-    let refused = restore(&state(&[1])).err().expect("the stored state is refused");
-    assert!(matches!(refused, RestoreError::AuthEnabled), "{refused}");
-
-    let mut rig = Rig::new();
-    let enable = || Request::AuthEnable(pb::AuthEnableRequest {});
-    let mut refused = |requests: Vec<Request>, error: AuthError| {
-        for request in requests {
-            assert!(rig.apply(request, true).0.unwrap().unwrap().result.is_ok());
-        }
-        let result = rig.apply(enable(), true).0.unwrap().unwrap().result;
-        assert!(matches!(result, Err(ApplyError::Auth(found)) if found == error), "{result:?}");
-    };
-    refused(vec![], AuthError::RootUserNotExist);
-    refused(vec![user_add("root")], AuthError::RootRoleNotExist);
-    rig.apply(grant_role("root", "root"), true).0.unwrap();
-    let at = rig.machine.applied();
-    let fatal = rig.apply(enable(), true).0.unwrap_err();
-    assert!(matches!(fatal, Fatal::Unsupported(..)), "{fatal}");
-    assert_eq!(
-        fatal.to_string(),
-        format!("log entry {}: enabling authentication is not supported yet", at.0 + 1)
-    );
-    assert_eq!(rig.machine.applied(), at);
 }

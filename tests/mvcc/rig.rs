@@ -6,6 +6,7 @@ use bytes::Bytes;
 use engine_api::{Batch, Durability, Engine};
 use engine_memory::Memory;
 use quorate::core::apply::{Effects, Fatal, Machine, Outcome};
+use quorate::core::auth::access::Caller;
 use quorate::core::command::{Command, Request};
 use quorate::core::membership::{Membership, Version};
 use quorate::core::mvcc::Values;
@@ -81,6 +82,21 @@ impl Rig {
         answered: bool,
     ) -> (Result<Option<Outcome>, Fatal>, Effects) {
         let entry = entry(self.log.len() as u64 + 1, request);
+        self.log.push(entry.clone());
+        self.apply_entry(&entry, answered)
+    }
+
+    /// Appends a request of a user to the log and applies it.
+    pub fn apply_as(
+        &mut self,
+        caller: &Caller,
+        request: Request,
+        answered: bool,
+    ) -> (Result<Option<Outcome>, Fatal>, Effects) {
+        let index = self.log.len() as u64 + 1;
+        let Caller { username, revision: auth_revision } = caller.clone();
+        let data = Command { id: index, username, auth_revision, request }.encode();
+        let entry = raftpb::Entry { data, ..entry(index, Request::AuthStatus(<_>::default())) };
         self.log.push(entry.clone());
         self.apply_entry(&entry, answered)
     }

@@ -9,7 +9,6 @@
 //! **Invariant**: every `match` over requests here names all of them, so one that is added has to be
 //! given its need; and what is not understood is refused.
 
-use bytes::Bytes;
 use quorate_proto::etcdserverpb as pb;
 use quorate_proto::etcdserverpb::alarm_request::AlarmAction;
 use quorate_proto::etcdserverpb::request_op::Request as Op;
@@ -34,8 +33,11 @@ impl Caller {
     /// Someone without a credential.
     pub const NOBODY: Caller = Caller { username: String::new(), revision: 0 };
 
-    /// The user that a member acts as where it asks for something by itself.
+    /// Whom a member acts as where it asks by itself for what needs a user.
     pub fn root(store: &AuthStore) -> Caller {
+        if !store.enabled() {
+            return Caller::NOBODY;
+        }
         Caller { username: ROOT.to_string(), revision: store.revision() }
     }
 }
@@ -200,9 +202,10 @@ pub fn need(asked: Asked<'_>) -> Need<'_> {
     }
 }
 
-/// What an entry of the log needs to be executed: what every release that shares the log asks for, as
-/// members that differ in it would come to differ in their data. Whatever else a call needs was asked for
-/// before it was proposed; members propose for themselves without a user.
+/// What an entry of the log needs to be executed: exactly what etcd asks for there, as members that differ
+/// in it would come to differ in their data. (That nested transactions are looked into is so from 3.4.44,
+/// 3.5.30 and 3.6.11 on.) Whatever else a call needs was asked for before it was proposed; members
+/// propose for themselves without a user.
 pub fn need_of_entry(request: &Request) -> Need<'_> {
     match request {
         Request::Range(range) => Need::Keys(range_accesses(range)),
@@ -373,29 +376,36 @@ impl AuthStore {
                 granted(permitted.everything || ranges.cover(key, range_end))
             }
             Keys::Attached(id) => match leases.get(id) {
-                Some(lease) => self.check_attached(caller, access.operation, lease.keys()),
-                None => Ok(()),
+                Some(lease) if lease.key_count() > 0 => {
+                    let any_in = |from: &[u8], to: Option<&[u8]>| lease.has_key_in(from, to);
+                    self.check_attached(caller, |permitted| {
+                        let ranges = permitted.ranges(access.operation);
+                        ranges.have_all(lease.key_count(), lease.keys(), any_in)
+                    })
+                }
+                _ => Ok(()),
             },
-            Keys::AttachedToAny => {
-                let keys = leases.iter().flat_map(|(_, lease)| lease.keys());
-                self.check_attached(caller, access.operation, keys)
+            Keys::AttachedToAny if leases.attached_count() > 0 => {
+                let any_in = |from: &[u8], to: Option<&[u8]>| leases.has_attached_in(from, to);
+                self.check_attached(caller, |permitted| {
+                    let ranges = permitted.ranges(access.operation);
+                    ranges.have_all(leases.attached_count(), leases.attached(), any_in)
+                })
             }
+            Keys::AttachedToAny => Ok(()),
         }
     }
 
-    fn check_attached<'k>(
+    /// Unlike for keys that are named, role root is enough under any revision.
+    fn check_attached(
         &self,
         caller: &Caller,
-        operation: Operation,
-        mut keys: impl Iterator<Item = &'k Bytes>,
+        has_all: impl FnOnce(&Permitted) -> bool,
     ) -> Result<(), AuthError> {
-        // Unlike for keys that are named, role root is enough under any revision.
-        let Some(first) = keys.next() else { return Ok(()) };
         if self.check_root(caller).is_ok() {
             return Ok(());
         }
-        let ranges = self.check_user(caller)?.ranges(operation);
-        granted(ranges.has(first) && keys.all(|key| ranges.has(key)))
+        granted(has_all(self.check_user(caller)?))
     }
 
     /// What is asked of anyone who names a key.
@@ -426,3 +436,8 @@ fn granted(granted: bool) -> Result<(), AuthError> {
 fn has_credential(caller: &Caller) -> Result<(), AuthError> {
     if caller.username.is_empty() { Err(AuthError::UserEmpty) } else { Ok(()) }
 }
+
+#[cfg(test)]
+mod model;
+#[cfg(test)]
+mod tests;

@@ -124,4 +124,29 @@ impl Ranges {
             _ => end.is_empty() || range_end <= &end[..],
         }
     }
+
+    /// Whether all of many ordered keys are in the set. `any_in` tells whether any of them is at or after
+    /// the first, and before the second if that is given: asked for each gap, it spares a walk over keys
+    /// that can be far more than there are ranges.
+    pub fn have_all<'k>(
+        &self,
+        count: usize,
+        mut keys: impl Iterator<Item = &'k Bytes>,
+        any_in: impl Fn(&[u8], Option<&[u8]>) -> bool,
+    ) -> bool {
+        if count <= self.0.len() {
+            return keys.all(|key| self.has(key));
+        }
+        let mut from: &[u8] = &[];
+        for range in &self.0 {
+            if any_in(from, Some(&range.begin)) {
+                return false;
+            }
+            if range.end.is_empty() {
+                return true;
+            }
+            from = &range.end;
+        }
+        !any_in(from, None)
+    }
 }

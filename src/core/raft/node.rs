@@ -461,13 +461,40 @@ impl Node {
             }
             return Ok(());
         }
+        let raft = &self.raw.raft;
+        let quiet = kind == MessageType::MsgAppend
+            && message.entries.is_empty()
+            && message.term == raft.term
+            && from == raft.leader_id;
+        let (committed, sent) = (raft.raft_log.committed, raft.msgs.len());
         let stepped = self.raw.step(message);
+        if quiet {
+            self.keep_quiet(committed, sent);
+        }
         self.settle();
         match stepped {
             Ok(()) => Ok(()),
             Err(raft::Error::StepPeerNotFound) => Err(StepError::UnknownPeer { from }),
             // The crate's only other error here.
             Err(_) => Err(StepError::ProposalDropped),
+        }
+    }
+
+    /// Takes back the answer to an append that told of a new commit index and nothing else: every write ends with
+    /// one to each follower, and the answer would only repeat what was acknowledged.
+    ///
+    /// That is a message lost, which raft allows for: should the leader still lack the acknowledgement, it asks
+    /// again after the next heartbeat, in an append that is empty and moves no commit index.
+    fn keep_quiet(&mut self, committed_before: u64, sent_before: usize) {
+        let raft = &mut self.raw.raft;
+        let agrees = |answer: &eraftpb::Message| {
+            answer.msg_type == MessageType::MsgAppendResponse && !answer.reject
+        };
+        if raft.raft_log.committed > committed_before
+            && raft.msgs.len() == sent_before + 1
+            && raft.msgs.last().is_some_and(agrees)
+        {
+            raft.msgs.pop();
         }
     }
 
