@@ -275,6 +275,46 @@ fn compaction_runs_beside_the_load() {
 }
 
 #[test]
+fn puts_of_a_user_while_others_log_in() {
+    let etcd = Etcd::start();
+    // Nobody asks who calls yet.
+    etcd.bench("put --total 10 --user root:not:asked:for");
+    for command in ["user add root:se:cret", "auth enable"] {
+        let words: Vec<&str> = command.split(' ').collect();
+        let output = etcd.etcdctl(&words);
+        assert!(output.status.success(), "{command}: {output:?}");
+    }
+    let outcome =
+        etcd.bench("put --duration 2s --clients 4 --threads 2 --conns 2 --user root:se:cret");
+    assert_eq!(outcome["kinds"].as_array().unwrap().len(), 1, "{outcome:#}");
+    let endpoint = etcd.endpoint();
+    let args = "put --duration 3s --clients 4 --logins 4 --user root:se:cret";
+    let both = run(&format!("{args} --json --endpoints {endpoint}"));
+    assert_eq!((both.code, &both.err[..]), (0, ""), "{}", both.out);
+    assert!(!both.out.contains("se:cret"), "{}", both.out);
+    let report = both.json();
+    assert_eq!(report["options"]["user"], "root", "{report:#}");
+    let outcome = &report["servers"][0];
+    assert_eq!(outcome["error_count"], 0, "{outcome:#}");
+    check_kind(&outcome["kinds"][0], "put", outcome["requests"].as_u64().unwrap());
+    let logins = outcome["kinds"][1]["count"].as_u64().unwrap();
+    // Those that are not answered when the time is over are not counted.
+    assert!((1..=13).contains(&logins), "{outcome:#}");
+    check_kind(&outcome["kinds"][1], "login", logins);
+    let table = run(&format!("{args} --endpoints {endpoint}"));
+    assert!(table.out.contains("login p99"), "{}{}", table.out, table.err);
+
+    let wrong = run(&format!("put --user root:wrong --endpoints {endpoint}"));
+    assert_eq!(wrong.code, 1, "{}", wrong.err);
+    assert!(wrong.err.contains("the login failed"), "{}", wrong.err);
+    assert!(!wrong.err.contains("wrong"), "{}", wrong.err);
+    let alone = run(&format!("put --logins 5 --endpoints {endpoint}"));
+    assert_eq!(alone.code, 2, "{}", alone.err);
+    let nameless = run(&format!("put --user :x --endpoints {endpoint}"));
+    assert_eq!(nameless.code, 2, "{}", nameless.err);
+}
+
+#[test]
 fn two_servers_get_the_same_load_and_their_ratio_is_told() {
     let (a, b) = (Etcd::start(), Etcd::start());
     let args = format!(

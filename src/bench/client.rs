@@ -13,8 +13,9 @@ use std::time::Duration;
 use bytes::{Buf, Bytes, BytesMut};
 use h2::client::{ResponseFuture, SendRequest};
 use h2::{RecvStream, SendStream};
-use http::{HeaderMap, Request, StatusCode, Uri, header};
+use http::{HeaderMap, HeaderValue, Request, StatusCode, Uri, header};
 use prost::Message;
+use quorate_proto::etcdserverpb as pb;
 use serde::{Serialize, Serializer};
 use tokio::net::TcpStream;
 use tokio::sync::Mutex;
@@ -30,6 +31,9 @@ const CONNECTION_WINDOW: u32 = 64 << 20;
 
 /// A reply beyond this is refused: no etcd setting allows a unary reply or an event list of that size.
 const REPLY_BYTES_MAX: usize = 512 << 20;
+
+/// What a server says to a login that asks for none.
+const AUTH_OFF: &str = "etcdserver: authentication is not enabled";
 
 /// Pause between two attempts to replace a lost connection.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(100);
@@ -81,6 +85,55 @@ impl fmt::Display for Endpoint {
     }
 }
 
+/// Who the clients log in as, `name:password`.
+#[derive(Clone)]
+pub struct Credentials {
+    name: String,
+    password: String,
+}
+
+/// Why a text is no user.
+#[derive(thiserror::Error, Debug, PartialEq, Eq)]
+#[error("want name:password")]
+pub struct CredentialsError;
+
+impl FromStr for Credentials {
+    type Err = CredentialsError;
+
+    /// The password is all behind the first colon; it is in no error's text.
+    fn from_str(text: &str) -> Result<Self, CredentialsError> {
+        match text.split_once(':') {
+            Some((name, password)) if !name.is_empty() => {
+                Ok(Credentials { name: name.to_owned(), password: password.to_owned() })
+            }
+            _ => Err(CredentialsError),
+        }
+    }
+}
+
+/// Without the password, as is what [`Serialize`] writes into a report.
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credentials").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl Serialize for Credentials {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.name)
+    }
+}
+
+impl Credentials {
+    /// The request that logs in, in a frame.
+    pub fn frame(&self) -> Bytes {
+        encoded(&pb::AuthenticateRequest {
+            name: self.name.clone(),
+            password: self.password.clone(),
+        })
+    }
+}
+
 /// The calls made here. The number is an index into a connection's prepared requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Method {
@@ -93,10 +146,11 @@ pub enum Method {
     LeaseRevoke,
     Compact,
     Status,
+    Authenticate,
 }
 
 impl Method {
-    const ALL: [Method; 9] = [
+    const ALL: [Method; 10] = [
         Method::Put,
         Method::Range,
         Method::Txn,
@@ -106,6 +160,7 @@ impl Method {
         Method::LeaseRevoke,
         Method::Compact,
         Method::Status,
+        Method::Authenticate,
     ];
 
     fn path(self) -> &'static str {
@@ -119,6 +174,7 @@ impl Method {
             Method::LeaseRevoke => "/etcdserverpb.Lease/LeaseRevoke",
             Method::Compact => "/etcdserverpb.KV/Compact",
             Method::Status => "/etcdserverpb.Maintenance/Status",
+            Method::Authenticate => "/etcdserverpb.Auth/Authenticate",
         }
     }
 }
@@ -166,7 +222,9 @@ fn code_name(code: u32) -> &'static str {
 pub struct Connection {
     endpoint: Endpoint,
     dial_timeout: Duration,
-    requests: [Request<()>; Method::ALL.len()],
+    credentials: Option<Credentials>,
+    /// With the token of the last login.
+    requests: RefCell<[Request<()>; Method::ALL.len()]>,
     live: RefCell<SendRequest<Bytes>>,
     /// Connections made so far; a client that failed on an older one need not replace it again.
     generation: Cell<u64>,
@@ -174,24 +232,59 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Connects and completes the HTTP/2 preface. To be called on the runtime that will drive it.
+    /// Connects, completes the HTTP/2 preface, and logs in. To be called on the runtime that will drive
+    /// it.
     ///
     /// # Errors
-    /// If no address of the endpoint answers within `dial_timeout`.
+    /// If no address of the endpoint answers within `dial_timeout`, or the login is refused.
     pub async fn open(
         endpoint: Endpoint,
         dial_timeout: Duration,
+        credentials: Option<Credentials>,
     ) -> Result<Rc<Self>, ConnectError> {
-        let requests = Method::ALL.map(|method| prepared(&endpoint, method));
+        let requests = RefCell::new(Method::ALL.map(|method| prepared(&endpoint, method, None)));
         let live = RefCell::new(dial(&endpoint, dial_timeout).await?);
-        Ok(Rc::new(Connection {
+        let connection = Rc::new(Connection {
             endpoint,
             dial_timeout,
+            credentials,
             requests,
             live,
             generation: Cell::new(0),
             reconnecting: Mutex::new(()),
-        }))
+        });
+        connection.log_in().await?;
+        Ok(connection)
+    }
+
+    /// Puts the token of a new login into all requests; nothing without credentials, or where nobody
+    /// asks for them.
+    async fn log_in(self: &Rc<Self>) -> Result<(), ConnectError> {
+        let Some(credentials) = &self.credentials else { return Ok(()) };
+        let failed = |reason: String| ConnectError {
+            endpoint: self.endpoint.to_string(),
+            reason: format!("the login failed: {reason}"),
+        };
+        *self.requests.borrow_mut() =
+            Method::ALL.map(|method| prepared(&self.endpoint, method, None));
+        let mut channel = self.channel();
+        let call = channel.unary(Method::Authenticate, credentials.frame());
+        let reply = match timeout(self.dial_timeout, call).await {
+            Ok(Ok(reply)) => reply,
+            Ok(Err(CallError::Status { message, .. })) if message == AUTH_OFF => return Ok(()),
+            Ok(Err(error)) => return Err(failed(error.to_string())),
+            Err(_) => {
+                let limit = self.dial_timeout.as_millis();
+                return Err(failed(format!("no answer within {limit} ms")));
+            }
+        };
+        let token = pb::AuthenticateResponse::decode(reply)
+            .ok()
+            .and_then(|reply| HeaderValue::from_str(&reply.token).ok())
+            .ok_or_else(|| failed("not a token was answered".to_owned()))?;
+        *self.requests.borrow_mut() =
+            Method::ALL.map(|method| prepared(&self.endpoint, method, Some(&token)));
+        Ok(())
     }
 
     /// A handle for one client.
@@ -204,7 +297,7 @@ impl Connection {
     }
 
     /// Replaces the connection unless one newer than `failed` is there; tries for `dial_timeout`.
-    async fn replace(&self, failed: u64) -> Result<(), ConnectError> {
+    async fn replace(self: &Rc<Self>, failed: u64) -> Result<(), ConnectError> {
         let _one_at_a_time = self.reconnecting.lock().await;
         if self.generation.get() != failed {
             return Ok(());
@@ -215,7 +308,8 @@ impl Connection {
                 Ok(sender) => {
                     *self.live.borrow_mut() = sender;
                     self.generation.set(failed + 1);
-                    return Ok(());
+                    // A server that was started again knows no older token.
+                    return self.log_in().await;
                 }
                 Err(error) if Instant::now() >= give_up => return Err(error),
                 Err(_) => sleep_until(Instant::now() + RECONNECT_PAUSE).await,
@@ -224,18 +318,22 @@ impl Connection {
     }
 }
 
-fn prepared(endpoint: &Endpoint, method: Method) -> Request<()> {
+fn prepared(endpoint: &Endpoint, method: Method, token: Option<&HeaderValue>) -> Request<()> {
     let uri = Uri::builder()
         .scheme("http")
         .authority(endpoint.0.as_str())
         .path_and_query(method.path())
         .build()
         .expect("an endpoint is a valid authority");
-    Request::post(uri)
+    let mut request = Request::post(uri)
         .header(header::CONTENT_TYPE, "application/grpc")
         .header(header::TE, "trailers")
         .body(())
-        .expect("the headers are constants")
+        .expect("the headers are constants");
+    if let Some(token) = token {
+        request.headers_mut().insert("token", token.clone());
+    }
+    request
 }
 
 async fn dial(endpoint: &Endpoint, limit: Duration) -> Result<SendRequest<Bytes>, ConnectError> {
@@ -294,7 +392,8 @@ impl Channel {
         method: Method,
     ) -> Result<(ResponseFuture, SendStream<Bytes>), h2::Error> {
         std::future::poll_fn(|cx| self.sender.poll_ready(cx)).await?;
-        self.sender.send_request(self.connection.requests[method as usize].clone(), false)
+        let request = self.connection.requests.borrow()[method as usize].clone();
+        self.sender.send_request(request, false)
     }
 
     /// One call; `frame` is the request as [`wire::frame`] makes it. Answers the reply's message.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum, value_parser};
 use serde::{Serialize, Serializer};
 
-use super::client::Endpoint;
+use super::client::{Credentials, Endpoint};
 use super::session::{Budget, Compact, Shape};
 use super::wire::RangeShape;
 use super::work::{Keys, STAMP, Watching, Work};
@@ -47,6 +47,9 @@ pub struct Common {
     /// Members of one cluster; connections are spread over them
     #[arg(long, value_name = "HOST:PORT", value_delimiter = ',', default_value = "127.0.0.1:2379")]
     pub endpoints: Vec<Endpoint>,
+    /// User to log in as, on every connection
+    #[arg(long, value_name = "NAME:PASSWORD")]
+    pub user: Option<Credentials>,
     /// TCP connections
     #[arg(long, default_value_t = 1, value_parser = value_parser!(u32).range(1..))]
     pub conns: u32,
@@ -155,6 +158,9 @@ pub struct Put {
     #[command(flatten)]
     #[serde(flatten)]
     pub compact: CompactOptions,
+    /// Logins per second beside the puts, on connections of their own
+    #[arg(long, requires = "user", value_parser = rate)]
+    pub logins: Option<f64>,
 }
 
 #[derive(Args, Serialize, Debug, Clone)]
@@ -307,8 +313,11 @@ impl Command {
         match self {
             Command::Put(put) => {
                 let keys = keys(&put.keys, put.keys.key_space_size)?;
-                plan("put", &put.common, Work::Put, keys, put.values.val_size)?
-                    .compact(&put.compact)
+                let logins = put.logins.filter(|&rate| rate > 0.0);
+                let work = Work::Put { logins: logins.is_some() };
+                let mut plan = plan("put", &put.common, work, keys, put.values.val_size)?;
+                plan.shape.logins = logins;
+                plan.compact(&put.compact)
             }
             Command::Range(range) => {
                 let keys = keys(&range.keys, range.keys.key_space_size)?;
@@ -429,6 +438,8 @@ fn plan(
         clients: common.clients as usize,
         rate: common.rate.filter(|&rate| rate > 0.0),
         compact: None,
+        user: common.user.clone(),
+        logins: None,
         dial_timeout: nonzero(common.dial_timeout, "--dial-timeout")?,
         stall_timeout: nonzero(common.stall_timeout, "--stall-timeout")?,
     };

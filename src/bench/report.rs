@@ -136,6 +136,9 @@ pub struct Outcome {
     pub elapsed_s: f64,
     pub requests_per_second: f64,
     pub kinds: Vec<Kind>,
+    /// Which of them the workload is about.
+    #[serde(skip)]
+    main_kind: usize,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub watchers_created: Option<Created>,
     /// CPU time of this program, all threads. `null` if no request succeeded.
@@ -170,6 +173,7 @@ impl Outcome {
             elapsed_s: column.elapsed.as_secs_f64(),
             requests_per_second: per_second(requests, column.elapsed),
             kinds,
+            main_kind: work.main_kind(),
             watchers_created: (!column.created.is_empty()).then(|| Created {
                 count: column.created.len(),
                 latency_us: Latency::of(&column.created),
@@ -204,13 +208,15 @@ fn ratio(a: f64, b: f64) -> Option<f64> {
 }
 
 impl Ratio {
-    /// `rounds` holds both servers' requests per second, round by round. Latencies are those of the last
-    /// kind: what the workload is about.
+    /// `rounds` holds both servers' requests per second, round by round. Latencies are those of
+    /// what the workload is about.
     pub fn new(a: &Outcome, b: &Outcome, rounds: &[(f64, f64)]) -> Self {
         let mut each: Vec<f64> = rounds.iter().filter_map(|&(a, b)| ratio(a, b)).collect();
         each.sort_by(f64::total_cmp);
         let latency = |pick: fn(&Latency) -> f64| {
-            let of = |outcome: &Outcome| outcome.kinds.last().map(|kind| pick(&kind.latency_us));
+            let of = |outcome: &Outcome| {
+                outcome.kinds.get(outcome.main_kind).map(|kind| pick(&kind.latency_us))
+            };
             ratio(of(a)?, of(b)?)
         };
         let usage = |pick: fn(&Server) -> Option<f64>| {
@@ -403,7 +409,7 @@ mod tests {
         };
         let empty = super::super::tally::latencies();
         let mut column = Column::new("a:1".into(), "3.7.1".into(), empty, 1);
-        column.add(&slice, &Work::Put);
+        column.add(&slice, &Work::Put { logins: false });
         column.usage = Some(UsageOver {
             before: Usage::default(),
             after: Usage {
@@ -412,7 +418,7 @@ mod tests {
                 rss_max_bytes: 2 << 20,
             },
         });
-        Outcome::new(&column, &Work::Put)
+        Outcome::new(&column, &Work::Put { logins: false })
     }
 
     #[test]

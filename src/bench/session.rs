@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use futures_util::future::try_join_all;
 use hdrhistogram::Histogram;
 use quorate_proto::etcdserverpb as pb;
@@ -18,7 +19,7 @@ use tokio::sync::mpsc as commands;
 use tokio::task::{JoinHandle, spawn_local};
 
 use super::BenchError;
-use super::client::{CallError, Channel, ConnectError, Connection, Endpoint, Method};
+use super::client::{CallError, Channel, ConnectError, Connection, Credentials, Endpoint, Method};
 use super::pace::{Slice, Supply};
 use super::process;
 use super::tally::{Tally, latencies};
@@ -37,6 +38,10 @@ pub struct Shape {
     /// Requests per second over all clients; None for closed loop.
     pub rate: Option<f64>,
     pub compact: Option<Compact>,
+    /// Who the clients are.
+    pub user: Option<Credentials>,
+    /// Logins per second of that user beside the load.
+    pub logins: Option<f64>,
     pub dial_timeout: Duration,
     /// A slice in which nothing completes for so long has failed.
     pub stall_timeout: Duration,
@@ -410,12 +415,10 @@ struct Context {
 struct Station {
     clients: Vec<Client>,
     tally: Rc<RefCell<Tally>>,
-    /// Compacts while a slice runs.
-    compactor: Option<Compactor>,
+    /// What goes on beside the clients while a slice runs: compactions, logins.
+    beside: Vec<JoinHandle<()>>,
     active: Rc<Cell<bool>>,
 }
-
-type Compactor = JoinHandle<()>;
 
 impl Context {
     fn main(self, commands: commands::Receiver<Command>) {
@@ -452,8 +455,8 @@ impl Context {
                     self.report(Report::Collected(station.tally.replace(empty)));
                 }
                 Command::Close => {
-                    if let Some(compactor) = station.compactor.take() {
-                        compactor.abort();
+                    for task in station.beside.drain(..) {
+                        task.abort();
                     }
                     let closed = try_join_all(station.clients.drain(..).map(Client::close)).await;
                     self.report(Report::Closed(match closed {
@@ -470,7 +473,7 @@ impl Context {
         let mine = (self.thread..self.shape.conns).step_by(self.threads);
         let connections = try_join_all(mine.map(|conn| {
             let endpoint = self.endpoints[conn % self.endpoints.len()].clone();
-            Connection::open(endpoint, self.shape.dial_timeout)
+            Connection::open(endpoint, self.shape.dial_timeout, self.shape.user.clone())
         }))
         .await?;
         // The round trip also makes sure that the server's settings are known on each connection.
@@ -526,13 +529,27 @@ impl Context {
         }
 
         let active = Rc::new(Cell::new(false));
-        let compactor = self.shape.compact.filter(|_| self.thread == 0).map(|compact| {
+        let mut beside = Vec::new();
+        if let Some(compact) = self.shape.compact.filter(|_| self.thread == 0) {
             let channel = connections[0].channel();
-            spawn_local(keep_compacting(channel, compact, active.clone(), tally.clone()))
-        });
+            let compacting = keep_compacting(channel, compact, active.clone(), tally.clone());
+            beside.push(spawn_local(compacting));
+        }
+        if let (Some(rate), Some(user), 0) = (self.shape.logins, &self.shape.user, self.thread) {
+            // Connections of their own: what the puts wait for is the server, not a shared window.
+            let endpoints = self.endpoints.iter().cloned();
+            let connections = try_join_all(endpoints.map(|endpoint| {
+                Connection::open(endpoint, self.shape.dial_timeout, Some(user.clone()))
+            }))
+            .await?;
+            let frame = user.frame();
+            let logging_in =
+                keep_logging_in(connections, frame, rate, active.clone(), tally.clone());
+            beside.push(spawn_local(logging_in));
+        }
         let version = statuses.into_iter().next().filter(|_| self.thread == 0);
         Ok((
-            Station { clients, tally, compactor, active },
+            Station { clients, tally, beside, active },
             Ready { version: version.map(|status| status.version), created },
         ))
     }
@@ -662,4 +679,60 @@ async fn compact_once(
         *compacted = revision;
     }
     Ok(())
+}
+
+/// Logins that may wait for an answer at one time; more than that are not sent, and counted as errors.
+const LOGINS_MAX: usize = 4096;
+
+/// The kind of a login in [`Work::Put`].
+const LOGIN: usize = 1;
+
+/// Logs in `rate` times per second of a running slice, whether earlier logins are answered or not; the
+/// latency of each counts from when it was due.
+async fn keep_logging_in(
+    connections: Vec<Rc<Connection>>,
+    frame: Bytes,
+    rate: f64,
+    active: Rc<Cell<bool>>,
+    tally: Rc<RefCell<Tally>>,
+) {
+    let waiting = Rc::new(Cell::new(0));
+    let mut ticks = tokio::time::interval(Duration::from_secs_f64(1.0 / rate));
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Burst);
+    let mut connections = connections.iter().cycle();
+    loop {
+        let due = ticks.tick().await.into_std();
+        if !active.get() {
+            // What falls due between slices is not made up for.
+            ticks.reset();
+            continue;
+        }
+        if waiting.get() == LOGINS_MAX {
+            let text = format!("login: {LOGINS_MAX} wait already");
+            tally.borrow_mut().error(text, Instant::now());
+            continue;
+        }
+        waiting.set(waiting.get() + 1);
+        let mut channel = connections.next().expect("there is an endpoint").channel();
+        let (frame, waiting) = (frame.clone(), waiting.clone());
+        let (active, tally) = (active.clone(), tally.clone());
+        spawn_local(async move {
+            let answered = channel.unary(Method::Authenticate, frame).await;
+            let now = Instant::now();
+            waiting.set(waiting.get() - 1);
+            // One that outlives its slice must not be counted in another.
+            if active.get() {
+                match &answered {
+                    Ok(_) => tally.borrow_mut().record(LOGIN, due, now),
+                    Err(error) => tally.borrow_mut().error(format!("login: {error}"), now),
+                }
+            }
+            if let Err(error) = answered
+                && error.connection_lost()
+            {
+                // If nobody is there, the clients notice it too, and end the run.
+                let _noticed_by_clients = channel.reconnect().await;
+            }
+        });
+    }
 }

@@ -91,7 +91,10 @@ impl Keys {
 /// What every client does.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Work {
-    Put,
+    Put {
+        /// Others log in meanwhile: see [`Shape::logins`](super::session::Shape::logins).
+        logins: bool,
+    },
     /// One key or range, or, without `key`, keys of the key space.
     Range {
         key: Option<Vec<u8>>,
@@ -133,7 +136,8 @@ impl Work {
     /// Names of the operations that are measured apart.
     pub fn kinds(&self) -> &'static [&'static str] {
         match self {
-            Work::Put => &["put"],
+            Work::Put { logins: false } => &["put"],
+            Work::Put { logins: true } => &["put", "login"],
             Work::Range { .. } => &["range"],
             Work::TxnPut { .. } => &["txn"],
             Work::Mixed { .. } => &["read", "write"],
@@ -142,9 +146,20 @@ impl Work {
         }
     }
 
-    /// The first of [`Work::kinds`] that are requests; what follows is caused by them.
+    /// The first of [`Work::kinds`] that are requests; what follows is caused by them or goes on beside.
     pub fn request_kinds(&self) -> usize {
-        if let Work::Watched(_) = self { 1 } else { self.kinds().len() }
+        match self {
+            Work::Watched(_) | Work::Put { .. } => 1,
+            _ => self.kinds().len(),
+        }
+    }
+
+    /// The one of [`Work::kinds`] that the workload is about.
+    pub fn main_kind(&self) -> usize {
+        match self {
+            Work::Put { .. } => 0,
+            _ => self.kinds().len() - 1,
+        }
     }
 }
 
@@ -300,7 +315,7 @@ impl Client {
         self.events = 0;
         let load = self.load.clone();
         let kind = match &load.work {
-            Work::Put => {
+            Work::Put { .. } => {
                 self.put(ticket.number).await?;
                 0
             }
@@ -471,7 +486,7 @@ mod tests {
     #[test]
     fn a_stamp_of_another_run_is_not_ours() {
         let keys = Keys { size: 8, space: 1, sequential: false };
-        let load = Load::new(Work::Put, keys, STAMP, 0, 77);
+        let load = Load::new(Work::Put { logins: false }, keys, STAMP, 0, 77);
         let mut value = [0u8; 20];
         value[..8].copy_from_slice(&77u64.to_le_bytes());
         value[8..16].copy_from_slice(&1000u64.to_le_bytes());
