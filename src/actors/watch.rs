@@ -361,8 +361,7 @@ mod tests {
             ..Default::default()
         };
         let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
-        let permission = Ok(());
-        assert_eq!(hub.send(Ask { stream, request, permission }).await, Ok(true));
+        assert_eq!(hub.send(Ask { stream, request, permission: Ok(()) }).await, Ok(true));
         assert!(keys(&mut responses).await.is_empty(), "created");
         responses
     }
