@@ -50,6 +50,7 @@ use crate::storage::lock::DataDirLock;
 use crate::storage::snap_dir::SnapDir;
 use crate::storage::wal_log::{self, Recovered, WalLog};
 use crate::transport::gateway::Gateway;
+use crate::transport::grpc::maintenance::Maintenance;
 use crate::transport::http::member::HttpMember;
 use crate::transport::http::status::{ClientRules, client_router, metrics_router};
 use crate::transport::listener::{self, Bound, Served, Services, Workers};
@@ -672,7 +673,11 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
 
     let services = Arc::new(Services::new(
         &member,
-        config.member.snap_dir(),
+        Maintenance {
+            member: member.clone(),
+            snap_dir: config.member.snap_dir(),
+            snapshots: Arc::default(),
+        },
         config.gates.enabled(Gate::StopGRPCServiceOnDefrag),
         options.receive_max,
     ));
@@ -743,7 +748,7 @@ fn served(
         let hosts = config.listen.host_whitelist.clone();
         let mut router = client_router(subject.clone(), member.metrics);
         if config.listen.grpc_gateway {
-            let gateway = Gateway::new(member, config.member.snap_dir(), receive_max);
+            let gateway = Gateway::new(member, services.maintenance().clone(), receive_max);
             router = router.merge(gateway.router());
         }
         ClientRules::new(hosts, origins, subject.clone()).guard(router)

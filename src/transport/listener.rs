@@ -198,6 +198,8 @@ pub struct Services {
     lease: pb::lease_server::LeaseServer<grpc::lease::Lease>,
     cluster: pb::cluster_server::ClusterServer<grpc::cluster::Cluster>,
     maintenance: pb::maintenance_server::MaintenanceServer<grpc::maintenance::Maintenance>,
+    /// The same without gRPC around it: its limits hold for both ways to it.
+    plain_maintenance: grpc::maintenance::Maintenance,
     auth: pb::auth_server::AuthServer<grpc::auth::Auth>,
     lock: LockServer<grpc::lock::Lock>,
     election: ElectionServer<grpc::election::Election>,
@@ -209,7 +211,7 @@ impl Services {
     /// All services of `member`.
     pub fn new(
         member: &Arc<Member>,
-        snap_dir: PathBuf,
+        maintenance: grpc::maintenance::Maintenance,
         stops_on_defrag: bool,
         receive_max: usize,
     ) -> Self {
@@ -229,12 +231,9 @@ impl Services {
                 member.clone()
             ))),
             maintenance: server!(pb::maintenance_server::MaintenanceServer::new(
-                grpc::maintenance::Maintenance {
-                    member: member.clone(),
-                    snap_dir,
-                    snapshots: Arc::default(),
-                }
+                maintenance.clone()
             )),
+            plain_maintenance: maintenance,
             auth: server!(pb::auth_server::AuthServer::new(grpc::auth::Auth(member.clone()))),
             lock: server!(LockServer::new(grpc::lock::Lock(member.clone()))),
             election: server!(ElectionServer::new(grpc::election::Election(member.clone()))),
@@ -244,6 +243,11 @@ impl Services {
             })),
             reflection: reflection(),
         }
+    }
+
+    /// The service itself, for calls that do not come over gRPC.
+    pub fn maintenance(&self) -> &grpc::maintenance::Maintenance {
+        &self.plain_maintenance
     }
 
     async fn call(&self, request: Request<held::Request>) -> Response<tonic::body::Body> {

@@ -29,6 +29,7 @@ use tonic::{Extensions, Status, Streaming};
 
 use self::body::{Framed, Gone, Values};
 use self::routes::Route;
+use crate::transport::budget::Account;
 use crate::transport::grpc;
 use crate::transport::member::Member;
 
@@ -42,8 +43,11 @@ pub struct Gateway {
 
 impl Gateway {
     /// The gateway to the services of `member`.
-    pub fn new(member: &Arc<Member>, snap_dir: PathBuf, receive_max: usize) -> Self {
-        let maintenance = grpc::maintenance::Maintenance { member: member.clone(), snap_dir };
+    pub fn new(
+        member: &Arc<Member>,
+        maintenance: grpc::maintenance::Maintenance,
+        receive_max: usize,
+    ) -> Self {
         Gateway { member: member.clone(), maintenance, receive_max }
     }
 
@@ -68,7 +72,14 @@ impl Gateway {
         match metadata::of(&head.headers) {
             Ok(metadata) => {
                 let body = Values::new(body, self.receive_max);
-                route.run(self, Call { metadata, body, receive_max: self.receive_max }).await
+                // The account alone: what else is known of the connection is of who made it, and a call
+                // that came as JSON is not let in by that (v3-api 3.12).
+                let mut extensions = Extensions::default();
+                if let Some(account) = head.extensions.get::<Arc<Account>>() {
+                    extensions.insert(account.clone());
+                }
+                let receive_max = self.receive_max;
+                route.run(self, Call { metadata, extensions, body, receive_max }).await
             }
             Err(status) => reply::refused(&status),
         }
@@ -93,6 +104,7 @@ async fn moved() -> Response {
 /// What a client sent, for a service.
 struct Call {
     metadata: MetadataMap,
+    extensions: Extensions,
     body: Values,
     receive_max: usize,
 }
@@ -105,7 +117,7 @@ impl Call {
         if bytes > self.receive_max {
             return Err(too_large(bytes, self.receive_max));
         }
-        let request = tonic::Request::from_parts(self.metadata, Extensions::default(), message);
+        let request = tonic::Request::from_parts(self.metadata, self.extensions, message);
         Ok((request, self.body.discard()))
     }
 
@@ -117,7 +129,7 @@ impl Call {
         let first = self.body.next().await?;
         let gone = self.body.watch();
         let messages = Framed::stream(first, self.body, self.receive_max);
-        let request = tonic::Request::from_parts(self.metadata, Extensions::default(), messages);
+        let request = tonic::Request::from_parts(self.metadata, self.extensions, messages);
         Ok((request, gone))
     }
 }

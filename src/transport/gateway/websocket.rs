@@ -29,6 +29,7 @@ use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Message, Utf8Bytes};
 
 use super::Gateway;
+use crate::transport::budget::Account;
 use crate::transport::http::status::text_error;
 
 /// In the extensions of a request: what is to live as long as its connection, even when that is no
@@ -107,6 +108,9 @@ fn call(handshake: &Request, body: Body) -> Request {
     let mut call = Request::new(body);
     *call.method_mut() = Method::POST;
     *call.uri_mut() = handshake.uri().clone();
+    if let Some(account) = handshake.extensions().get::<Arc<Account>>() {
+        call.extensions_mut().insert(account.clone());
+    }
     let (headers, given) = (call.headers_mut(), handshake.headers());
     if let Some(authorization) = authorization(given) {
         headers.insert(AUTHORIZATION, authorization);
