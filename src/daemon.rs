@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::time::{Duration, Instant};
 
 use actix::prelude::*;
@@ -595,6 +595,9 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         reuse_port: config.listen.reuse_port,
         reuse_address: config.listen.reuse_address,
         write_timeout: None,
+        connection_age: Some(config.listen.connection_age).filter(|age| !age.is_zero()),
+        connection_age_grace: Some(config.listen.connection_age_grace)
+            .filter(|grace| !grace.is_zero()),
     };
     // A port that is taken is found out before the directory is touched.
     let bound = bind_all(config, &options)?;
@@ -697,11 +700,18 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     })
 }
 
-/// Connections that the file limit leaves room for.
+/// Connections that the file limit leaves room for. The soft limit is raised to the hard one first: it
+/// is low for the sake of programs that use select(2), and etcd's runtime raises it likewise.
 fn connections_max() -> Result<usize, StartError> {
-    use nix::sys::resource::{Resource, getrlimit};
-    let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE)
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (mut soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)
         .map_err(|error| StartError::Refused(format!("cannot read the file limit: {error}")))?;
+    if soft < hard {
+        match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
+            Ok(()) => soft = hard,
+            Err(error) => tracing::warn!(%error, soft, hard, "cannot raise the file limit"),
+        }
+    }
     if soft <= RESERVED_FILES {
         return Err(StartError::Refused(format!(
             "file descriptor limit of etcd process is too low; please set higher: {soft} is not \
@@ -809,6 +819,7 @@ impl Running {
             metrics: Metrics::global(),
             stopping: watch::Sender::new(false),
             next_stream: AtomicU64::new(1),
+            proposed_bytes: AtomicUsize::new(0),
         });
 
         let links = raft::Links {
@@ -1145,6 +1156,7 @@ impl Daemon {
             let workers = if what == "peer" {
                 // A stream takes more for as long as its buffers do: this finds a peer that has gone.
                 options.write_timeout = Some(self.config.raft.write_timeout);
+                options.connection_age = None;
                 &self.peer_workers
             } else {
                 &self.workers

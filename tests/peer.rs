@@ -214,6 +214,8 @@ impl Node {
             reuse_port: false,
             reuse_address: false,
             write_timeout: Some(options.read_timeout),
+            connection_age: None,
+            connection_age_grace: None,
         };
         let stop = watch::Sender::new(false);
         let accepting = listener::accept(

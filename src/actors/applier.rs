@@ -35,6 +35,7 @@ use crate::actors::snapshot::{Installed, TakeSnapshot};
 use crate::actors::watch::Events;
 use crate::core::apply::{Effects, Kind, Machine, Outcome, Reply};
 use crate::core::command::{Command, Request};
+use crate::core::describe::Described;
 use crate::core::event::EventKind;
 use crate::core::membership::{ChangeContext, Membership, Version};
 use crate::core::mvcc::Values;
@@ -223,7 +224,7 @@ impl Applier {
             match outcome {
                 Ok(None) => {}
                 Ok(Some(outcome)) => {
-                    self.account(&outcome, started.elapsed());
+                    self.account(entry, &outcome, started.elapsed());
                     self.settle(entry, outcome, &mut answers, &mut changes);
                 }
                 Err(error) => {
@@ -307,7 +308,7 @@ impl Applier {
         Ok(())
     }
 
-    fn account(&self, outcome: &Outcome, took: Duration) {
+    fn account(&self, entry: &raftpb::Entry, outcome: &Outcome, took: Duration) {
         let Kind::Request(name) = &outcome.kind else { return };
         let kind = RequestKind::of(name);
         self.metrics.apply_seconds(kind, outcome.result.is_ok()).record(took);
@@ -322,8 +323,10 @@ impl Applier {
             tracing::warn!(
                 took = %crate::config::duration::GoDuration::from(took),
                 "expected-duration" = %crate::config::duration::GoDuration::from(self.options.warning_apply),
-                request = name,
-                success = outcome.result.is_ok(),
+                prefix = "",
+                request = %described(name, entry),
+                response = "",
+                error = outcome.result.as_ref().err().map(ToString::to_string),
                 "apply request took too long"
             );
         }
@@ -709,6 +712,15 @@ impl Handler<CompactSlice> for Applier {
         }
         self.after_change(ctx);
         MessageResult(sliced)
+    }
+}
+
+/// What an entry asks for, for the log. It was read before it was applied; that it is read once more is
+/// paid only where applying was slow.
+fn described(name: &str, entry: &raftpb::Entry) -> String {
+    match Command::decode(entry.data.clone()) {
+        Ok(command) => Described(&command.request).to_string(),
+        Err(_) => name.to_string(),
     }
 }
 

@@ -173,7 +173,7 @@ pub const FLAGS: &[Flag] = &[
     flag("memory-mlock", Group::Member, Key::Same, |c| Slot::Bool(&mut c.storage.memory_mlock), "Keep the engine's pages in memory, so that they are never swapped out."),
     flag("max-txn-ops", Group::Member, Key::Same, |c| Slot::Uint(&mut c.limits.max_txn_ops), "Most operations in a transaction."),
     flag("max-request-bytes", Group::Member, Key::Same, |c| Slot::Uint(&mut c.limits.max_request_bytes), "Largest request that raft takes, in bytes."),
-    flag("max-concurrent-streams", Group::Member, Key::Same, |c| Slot::Uint32(&mut c.listen.max_concurrent_streams), "Most HTTP/2 streams in a client's connection."),
+    flag("max-concurrent-streams", Group::Member, Key::Same, |c| Slot::Uint32(&mut c.listen.max_concurrent_streams), "Most HTTP/2 streams in a client's connection; the default, etcd's for no limit, stands for 16384."),
     flag("grpc-keepalive-min-time", Group::Member, Key::Same, |c| Slot::Duration(&mut c.listen.keepalive_min_time), "A client that pings more often than this is disconnected."),
     flag("grpc-keepalive-interval", Group::Member, Key::Same, |c| Slot::Duration(&mut c.listen.keepalive_interval), "Idle time after which a client is pinged; 0 never pings."),
     flag("grpc-keepalive-timeout", Group::Member, Key::Same, |c| Slot::Duration(&mut c.listen.keepalive_timeout), "Wait for the answer to a ping before the connection is closed; 0 never closes it."),
@@ -266,6 +266,8 @@ pub const FLAGS: &[Flag] = &[
     flag("version", Group::Process, Key::None, |c| Slot::Bool(&mut c.given.version), "Print the version and end."),
     flag("engine", Group::Own, Key::Same, |c| Slot::Text(&mut c.given.engine), "Storage engine: memory or redb."),
     flag("engine-options", Group::Own, Key::Same, |c| Slot::Options(&mut c.storage.engine_options), "Settings of the engine."),
+    flag("max-connection-age", Group::Own, Key::Same, |c| Slot::Duration(&mut c.listen.connection_age), "Time after which a client's connection is asked to end, so that clients spread anew; 0 never asks."),
+    flag("max-connection-age-grace", Group::Own, Key::Same, |c| Slot::Duration(&mut c.listen.connection_age_grace), "Time that its calls have after that; 0 for as long as they take."),
 ];
 
 #[cfg(test)]

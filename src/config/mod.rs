@@ -144,6 +144,10 @@ pub struct Listen {
     pub keepalive_interval: Duration,
     /// How long the answer to a ping may take; 0: never closed for it.
     pub keepalive_timeout: Duration,
+    /// After which a client's connection is asked to end; 0: never.
+    pub connection_age: Duration,
+    /// How long its calls may take after that; 0: as long as they do.
+    pub connection_age_grace: Duration,
     /// JSON below `/v3/`.
     pub grpc_gateway: bool,
     /// Browser origins allowed.
@@ -404,6 +408,8 @@ impl Default for Config {
                 keepalive_min_time: Duration::from_secs(5),
                 keepalive_interval: Duration::from_secs(2 * 3600),
                 keepalive_timeout: Duration::from_secs(20),
+                connection_age: Duration::ZERO,
+                connection_age_grace: Duration::ZERO,
                 grpc_gateway: true,
                 cors: Origins::default(),
                 host_whitelist: BTreeSet::from(["*".to_owned()]),

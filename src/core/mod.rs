@@ -9,6 +9,7 @@ pub mod bbolt;
 pub mod check;
 pub mod cluster_version;
 pub mod command;
+pub mod describe;
 pub mod event;
 pub mod integrity;
 pub mod lease;

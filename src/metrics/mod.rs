@@ -362,6 +362,8 @@ catalogue! {
         "Writes that are applied but not yet in a commit of the storage engine.";
     applier_queue: Gauge = "quorate_applier_queue", [], NONE,
         "Committed entries that wait to be applied.";
+    connections_closed_for_room: Counter = "quorate_connections_closed_for_room_total", [], NONE,
+        "Client connections closed because they held up memory, calls or descriptors that others needed.";
     engine_info: GaugeVec = "quorate_engine_info", ["engine"], NONE,
         "1 for the storage engine in use.";
     tls_certificate_expiry: GaugeVec = "quorate_tls_certificate_expiry_timestamp_seconds",
@@ -464,14 +466,16 @@ impl Metrics {
 
     /// Counts one call in `etcd_server_client_requests_total`. `version` is the call's
     /// `client-api-version`, if it has one; after [`CLIENT_VERSIONS_MAX`] different ones, which no
-    /// set of real clients has, new ones count as unknown.
+    /// set of real clients has, new ones count as unknown, as does one of more than
+    /// [`CLIENT_VERSION_LENGTH_MAX`] bytes.
     pub fn count_client_request(&self, stream: bool, version: Option<&str>) {
         let slot = usize::from(stream);
         let kind = if stream { "stream" } else { "unary" };
         let unknown = || {
             self.clients.unknown[slot].get_or_init(|| self.client_requests.with(&[kind, "unknown"]))
         };
-        let Some(version) = version.filter(|v| *v != "unknown") else {
+        let is_kept = |v: &&str| *v != "unknown" && v.len() <= CLIENT_VERSION_LENGTH_MAX;
+        let Some(version) = version.filter(is_kept) else {
             return unknown().increment(1);
         };
         if let Some(counters) = self.clients.known.read().get(version)
@@ -513,6 +517,9 @@ pub struct PeerMetrics {
 
 /// Most values of `client_api_version`: the text comes from outside.
 pub const CLIENT_VERSIONS_MAX: usize = 100;
+
+/// The longest of them that is kept: it stays in memory, and on each scraped page, for good.
+pub const CLIENT_VERSION_LENGTH_MAX: usize = 64;
 
 /// By `stream as usize`.
 type ClientCounters = [OnceLock<Counter>; 2];
@@ -634,13 +641,15 @@ mod tests {
         metrics.count_client_request(true, Some("9.0"));
         metrics.count_client_request(true, None);
         metrics.count_client_request(true, Some("unknown"));
+        let long = "3".repeat(CLIENT_VERSION_LENGTH_MAX + 1);
+        metrics.count_client_request(true, Some(&long));
         let page = metrics.render();
         let name = "etcd_server_client_requests_total";
         for line in [
             format!("{name}{{client_api_version=\"9.0\",type=\"unary\"}} 2"),
             format!("{name}{{client_api_version=\"9.0\",type=\"stream\"}} 1"),
             format!("{name}{{client_api_version=\"unknown\",type=\"unary\"}} 5"),
-            format!("{name}{{client_api_version=\"unknown\",type=\"stream\"}} 2"),
+            format!("{name}{{client_api_version=\"unknown\",type=\"stream\"}} 3"),
         ] {
             assert!(page.lines().any(|l| l == line), "{line}");
         }

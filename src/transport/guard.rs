@@ -1,4 +1,4 @@
-//! What a connection of the client port may not do: stay silent, or ping without end.
+//! What a connection of the client port may not do: stay silent, dribble headers, or ping without end.
 //!
 //! HTTP/2 pings are answered inside the HTTP library, which does not count them. A [`Guard`] sits
 //! below it and looks at the frame headers as they pass, in both directions, so that it can hold
@@ -29,6 +29,8 @@ use crate::transport::authority;
 pub struct Rules {
     /// Time to say which protocol is spoken.
     pub handshake: Duration,
+    /// Time for the headers of a request in HTTP/2, from their first byte to their last.
+    pub headers: Duration,
     /// `None` if pings are not counted.
     pub ping_interval: Option<PingInterval>,
 }
@@ -188,6 +190,12 @@ struct Observed {
     last_stream: u32,
     pings: Pings,
     held: Option<Held>,
+    /// The client is between the beginning of a HEADERS frame and the end of the last CONTINUATION.
+    in_block: bool,
+    /// The frame at hand ends the block.
+    ends_block: bool,
+    /// Blocks that the client has begun.
+    blocks: u64,
 }
 
 impl Observed {
@@ -213,6 +221,14 @@ impl Observed {
         while let (taken, Some(frame)) = self.read.next(bytes) {
             bytes = &mut bytes[taken..];
             match frame.kind {
+                HEADERS | CONTINUATION => {
+                    self.blocks += u64::from(frame.kind == HEADERS);
+                    self.in_block = true;
+                    self.ends_block = frame.flags & END_HEADERS != 0;
+                }
+                _ => self.in_block = false,
+            }
+            match frame.kind {
                 HEADERS => {
                     if frame.stream > self.last_stream {
                         self.last_stream = frame.stream;
@@ -235,6 +251,12 @@ impl Observed {
             }
         }
         broken
+    }
+
+    /// The header block that the client has begun and not ended, by its number.
+    fn block(&self) -> Option<u64> {
+        let is_whole = self.ends_block && self.held.is_none() && self.read.payload == 0;
+        (self.in_block && !is_whole).then_some(self.blocks)
     }
 
     /// Mends the HEADERS frame whose payload `bytes` begin with. If that goes on past them, they are
@@ -299,9 +321,13 @@ enum Leaving {
 pub struct Guard<IO> {
     io: IO,
     ping_interval: Option<PingInterval>,
+    headers: Duration,
     observed: Observed,
+    /// The last header block that the deadline was set for.
+    timed: u64,
     leaving: Leaving,
-    /// When the connection is cut: while its protocol is unknown, and while it is leaving.
+    /// When the connection is cut: while its protocol is unknown, while a header block is not whole, and
+    /// while it is leaving.
     deadline: Option<Pin<Box<Sleep>>>,
 }
 
@@ -320,7 +346,12 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Guard<IO> {
                 last_stream: 0,
                 pings: Pings::default(),
                 held: None,
+                in_block: false,
+                ends_block: false,
+                blocks: 0,
             },
+            headers: rules.headers,
+            timed: 0,
             leaving: Leaving::No,
             deadline: Some(Box::pin(tokio::time::sleep(rules.handshake))),
         }
@@ -333,8 +364,9 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Guard<IO> {
     fn poll_deadline(&mut self, cx: &mut Context<'_>) -> Poll<io::Error> {
         match &mut self.deadline {
             Some(deadline) => deadline.as_mut().poll(cx).map(|()| {
-                let text = match self.leaving {
-                    Leaving::No => "the client sent no request",
+                let text = match (&self.leaving, self.observed.protocol) {
+                    (Leaving::No, Protocol::Unknown(_)) => "the client sent no request",
+                    (Leaving::No, _) => "the client did not finish its headers",
                     _ => "too many pings",
                 };
                 io::Error::new(io::ErrorKind::TimedOut, text)
@@ -349,8 +381,11 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Guard<IO> {
         let Some(held) = &mut self.observed.held else { return Poll::Ready(Ok(())) };
         while held.come < held.payload.len() {
             let mut rest = ReadBuf::new(&mut held.payload[held.come..]);
-            std::task::ready!(Pin::new(&mut self.io).poll_read(cx, &mut rest))?;
-            match rest.filled().len() {
+            let read = match Pin::new(&mut self.io).poll_read(cx, &mut rest) {
+                Poll::Ready(read) => read.map(|()| rest.filled().len())?,
+                Poll::Pending => return self.poll_deadline(cx).map(Err),
+            };
+            match read {
                 0 => held.payload.truncate(held.come),
                 read => {
                     held.come += read;
@@ -366,8 +401,21 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Guard<IO> {
         held.gone += give;
         if held.gone == held.payload.len() {
             self.observed.held = None;
+            self.time_headers();
         }
         Poll::Ready(Ok(()))
+    }
+
+    /// Gives the client time for the header block that it is in, if it is in one.
+    fn time_headers(&mut self) {
+        match self.observed.block() {
+            None => self.deadline = None,
+            Some(block) if block != self.timed || self.deadline.is_none() => {
+                self.timed = block;
+                self.deadline = Some(Box::pin(tokio::time::sleep(self.headers)));
+            }
+            Some(_) => {}
+        }
     }
 
     fn send_away(&mut self) {
@@ -472,7 +520,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> AsyncRead for Guard<IO> {
             return this.poll_leave(cx).map(Err);
         }
         if !matches!(this.observed.protocol, Protocol::Unknown(_)) {
-            this.deadline = None;
+            this.time_headers();
         }
         if let Some(held) = &this.observed.held {
             buf.set_filled(buf.filled().len() - held.come);
@@ -548,6 +596,7 @@ mod tests {
 
     const RULES: Rules = Rules {
         handshake: Duration::from_millis(50),
+        headers: Duration::from_millis(50),
         ping_interval: Some(PingInterval {
             open: Duration::from_secs(5),
             idle: IDLE_PING_INTERVAL,
@@ -826,6 +875,57 @@ mod tests {
                 let error = guard.read_to_end(&mut all).await.expect_err("time is over");
                 assert_eq!((error.kind(), &all[..]), (io::ErrorKind::TimedOut, said));
             }
+        });
+    }
+
+    #[test]
+    fn headers_that_dribble_are_cut_off() {
+        block_on(async {
+            let block = authority::tests::block("localhost", false);
+            let whole = [PREFACE, &frame(HEADERS, END_HEADERS, 1, &block)[..]].concat();
+            let ends = [PREFACE.len() + 9, PREFACE.len() + 20, whole.len() - 40];
+            let mut begun: Vec<Vec<u8>> = ends.iter().map(|end| whole[..*end].to_vec()).collect();
+            begun.push([PREFACE, &frame(HEADERS, 0, 1, &block)[..]].concat());
+            for said in begun {
+                let (mut client, server) = tokio::io::duplex(1 << 16);
+                let mut guard = Guard::new(server, &RULES);
+                client.write_all(&said).await.expect("there is room");
+                let dribbling = async {
+                    // An empty CONTINUATION, or a part of one: no time is won by either.
+                    while client.write_all(&[0]).await.is_ok() {
+                        tokio::time::sleep(RULES.headers / 5).await;
+                    }
+                };
+                let mut all = Vec::new();
+                let read = guard.read_to_end(&mut all);
+                let ended = tokio::select! {
+                    ended = read => ended,
+                    () = dribbling => panic!("the connection was dropped"),
+                };
+                let error = ended.expect_err("time is over");
+                assert_eq!(error.kind(), io::ErrorKind::TimedOut, "{error}");
+            }
+        });
+    }
+
+    #[test]
+    fn whole_headers_give_all_time_back() {
+        block_on(async {
+            let block = authority::tests::block("localhost", false);
+            let (mut client, server) = tokio::io::duplex(1 << 16);
+            let mut guard = Guard::new(server, &RULES);
+            let mut said = PREFACE.to_vec();
+            said.extend(frame(HEADERS, 0, 1, &block[..10]));
+            said.extend(frame(CONTINUATION, 0, 1, &[]));
+            said.extend(frame(CONTINUATION, END_HEADERS, 1, &block[10..]));
+            said.extend(&frame(DATA, 0, 1, &[7; 100])[..30]);
+            let (first, rest) = said.split_at(said.len() / 2);
+            let mut buffer = vec![0; said.len()];
+            client.write_all(first).await.expect("there is room");
+            client.write_all(rest).await.expect("there is room");
+            guard.read_exact(&mut buffer).await.expect("it passes");
+            let more = tokio::time::timeout(4 * RULES.headers, guard.read(&mut buffer)).await;
+            assert!(more.is_err(), "nothing came, and nothing ended");
         });
     }
 

@@ -33,11 +33,13 @@ use tonic::server::NamedService;
 use tower::Service as _;
 
 use crate::config::{Scheme, Url};
-use crate::metrics::Method;
+use crate::metrics::{Method, Metrics};
+use crate::transport::budget::{self, Account, Budget, End};
 use crate::transport::grpc;
 use crate::transport::guard::{
     Guard, IDLE_PING_INTERVAL, PING_INTERVAL_DEFAULT, PingInterval, Rules,
 };
+use crate::transport::held;
 use crate::transport::identity::ClientCert;
 use crate::transport::member::Member;
 use crate::transport::socket::{Detached, Opened, Security};
@@ -59,6 +61,10 @@ pub struct Options {
     /// After which a connection ends whose other side takes nothing of what it is sent; `None` for as
     /// long as TCP goes on trying.
     pub write_timeout: Option<Duration>,
+    /// After which a connection is asked to end, give or take a tenth; `None` for never.
+    pub connection_age: Option<Duration>,
+    /// How long its calls may take after that; `None` for as long as they want.
+    pub connection_age_grace: Option<Duration>,
 }
 
 /// Time that a client has to send the head of an HTTP/1.1 request (v3-api 7.3).
@@ -69,6 +75,9 @@ const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(120);
 /// The least time between two pings of a client where HTTP is served over TLS too. etcd does not count
 /// them there, so clients may ping as they like; this only stops who does nothing else.
 const TLS_PING_INTERVAL: Duration = Duration::from_millis(100);
+/// Time that a client has to finish the headers of an HTTP/2 request that it has begun: they come in one
+/// piece from all who mean well, and all that came of them is held.
+const HEADERS_TIMEOUT: Duration = Duration::from_secs(30);
 /// Requests that a client may take back before they were looked at, a burst of cancelled calls, before
 /// it counts as an attack (rapid reset). The library's 20 are few for one that cancels all its watches.
 const RESETS_PENDING_MAX: usize = 200;
@@ -76,11 +85,18 @@ const RESETS_PENDING_MAX: usize = 200;
 const ERROR_RESETS_MAX: usize = 1024;
 /// Bytes of one response that the HTTP/2 library takes before the client has taken some.
 const SEND_BUFFER: usize = 400 << 10;
-/// Header list of a request, in bytes (v3-api 7.4).
-const HEADER_LIST_MAX: u32 = 16 << 20;
-/// Flow-control windows: enough for large ranges, small enough that a slow reader holds little.
+/// Header list of a request, in bytes. etcd takes 16 MiB; no client has a use for a fraction of that,
+/// and each call may have as much.
+const HEADER_LIST_MAX: u32 = 512 << 10;
+/// Flow-control windows: enough for large requests; what a client sends and nobody reads yet is no
+/// more than the connection's.
 const STREAM_WINDOW: u32 = 1 << 20;
-const CONNECTION_WINDOW: u32 = 4 << 20;
+const CONNECTION_WINDOW: u32 = 1 << 20;
+/// Open calls of one connection where the operator leaves them at etcd's default, which is without
+/// bound: a call costs memory although it says nothing.
+const STREAMS_MAX: u32 = 1 << 14;
+/// Time for a connection's last calls once it was asked to make room for another.
+const ROOM_GRACE: Duration = Duration::from_secs(1);
 /// Connections waiting to be accepted.
 const BACKLOG: i32 = 4096;
 /// TCP keep-alive on accepted connections (operations 5.1).
@@ -208,7 +224,11 @@ impl Services {
                 member.clone()
             ))),
             maintenance: server!(pb::maintenance_server::MaintenanceServer::new(
-                grpc::maintenance::Maintenance { member: member.clone(), snap_dir }
+                grpc::maintenance::Maintenance {
+                    member: member.clone(),
+                    snap_dir,
+                    snapshots: Arc::default(),
+                }
             )),
             auth: server!(pb::auth_server::AuthServer::new(grpc::auth::Auth(member.clone()))),
             health: server!(HealthServer::new(grpc::health::Health {
@@ -219,7 +239,7 @@ impl Services {
         }
     }
 
-    async fn call(&self, request: Request<Incoming>) -> Response<tonic::body::Body> {
+    async fn call(&self, request: Request<held::Request>) -> Response<tonic::body::Body> {
         if let Some(refused) = grpc::deadline::malformed(request.headers()) {
             return refused;
         }
@@ -261,7 +281,7 @@ impl Services {
         }
     }
 
-    async fn reflect(&self, request: Request<Incoming>) -> Response<tonic::body::Body> {
+    async fn reflect(&self, request: Request<held::Request>) -> Response<tonic::body::Body> {
         match self.reflection.clone() {
             Some(mut router) => match router.call(request).await {
                 Ok(response) => response.map(tonic::body::Body::new),
@@ -344,9 +364,21 @@ struct Connection {
     served: Served,
     tls: bool,
     client: Option<ClientCert>,
+    account: Arc<Account>,
 }
 
-type Body = Either<tonic::body::Body, axum::body::Body>;
+type Body = Either<held::Response<tonic::body::Body>, held::Response<axum::body::Body>>;
+
+impl Connection {
+    /// An answer that is there at once.
+    fn answer(
+        &self,
+        response: Response<axum::body::Body>,
+    ) -> <Self as HyperService<Request<Incoming>>>::Future {
+        let response = held::Response::of(response, self.account.clone(), None);
+        Box::pin(std::future::ready(Ok(response.map(Either::Right))))
+    }
+}
 
 impl HyperService<Request<Incoming>> for Connection {
     type Response = Response<Body>;
@@ -361,15 +393,31 @@ impl HyperService<Request<Incoming>> for Connection {
         // Over TLS one server does both, as in etcd, and paths below /v3/ are always the gateway's.
         let both = self.tls && http.is_some();
         let for_http = both && (!is_grpc(&request) || request.uri().path().starts_with("/v3/"));
+        let account = self.account.clone();
         match (grpc, http) {
             (Some(services), _) if request.version() == Version::HTTP_2 && !for_http => {
                 if !is_grpc(&request) {
-                    return Box::pin(std::future::ready(Ok(not_grpc())));
+                    return self.answer(not_grpc());
                 }
+                let Some(call) = account.call() else {
+                    return self.answer(grpc::crowded().into_http());
+                };
                 let services = services.clone();
-                Box::pin(async move { Ok(services.call(request).await.map(Either::Left)) })
+                let headers = held::header_bytes(request.headers());
+                let headers = headers.map(|bytes| account.hold(bytes));
+                let mut request = request.map(|body| held::Request::new(body, account.clone()));
+                request.extensions_mut().insert(account.clone());
+                Box::pin(async move {
+                    let response = services.call(request).await;
+                    drop(headers);
+                    let response = held::Response::of(response, account, Some(call));
+                    Ok(response.map(Either::Left))
+                })
             }
             (_, Some(router)) => {
+                let Some(call) = account.call() else {
+                    return self.answer(StatusCode::SERVICE_UNAVAILABLE.into_response());
+                };
                 if self.tls {
                     request.extensions_mut().insert(OverTls);
                 }
@@ -379,10 +427,11 @@ impl HyperService<Request<Incoming>> for Connection {
                         Ok(response) => response,
                         Err(never) => match never {},
                     };
+                    let response = held::Response::of(response, account, Some(call));
                     Ok(response.map(Either::Right))
                 })
             }
-            _ => Box::pin(std::future::ready(Ok(not_grpc()))),
+            _ => self.answer(not_grpc()),
         }
     }
 }
@@ -392,8 +441,8 @@ fn is_grpc(request: &Request<Incoming>) -> bool {
     content_type.is_some_and(|value| value.as_bytes().starts_with(b"application/grpc"))
 }
 
-fn not_grpc() -> Response<Body> {
-    let mut response = StatusCode::UNSUPPORTED_MEDIA_TYPE.into_response().map(Either::Right);
+fn not_grpc() -> Response<axum::body::Body> {
+    let mut response = StatusCode::UNSUPPORTED_MEDIA_TYPE.into_response();
     let accept = HeaderValue::from_static("application/grpc");
     response.headers_mut().insert(header::ACCEPT, accept);
     response
@@ -418,6 +467,7 @@ pub struct Workers {
     next: Arc<AtomicUsize>,
     connections: Arc<AtomicUsize>,
     connections_max: usize,
+    budget: Arc<Budget>,
 }
 
 impl Workers {
@@ -428,6 +478,11 @@ impl Workers {
             next: Arc::default(),
             connections: Arc::default(),
             connections_max,
+            budget: Budget::new(
+                budget::HELD_MAX,
+                budget::CALLS_MAX.max(connections_max.saturating_mul(budget::CALLS_PER_CONNECTION)),
+                Metrics::global(),
+            ),
         }
     }
 
@@ -446,6 +501,8 @@ impl Workers {
         stop: watch::Receiver<bool>,
     ) {
         let held = Held::new(&self.connections);
+        // More than one request: a client that sends it must not be stopped in the middle.
+        let account = self.budget.open(socket.remote().0, options.receive_max.saturating_mul(2));
         let thread = self.next.fetch_add(1, Ordering::Relaxed) % self.threads.len();
         self.threads[thread].spawn(async move {
             // A new local task: what it holds need not be able to change threads.
@@ -454,8 +511,8 @@ impl Workers {
                     Ok((socket, remote)) => {
                         // Done here, so that nobody else's connection waits for it.
                         let opened = security.open(socket, remote, HANDSHAKE_TIMEOUT);
-                        if let Some(opened) = unless_stopped(opened, stop.clone()).await {
-                            serve_connection(opened, served, options, stop).await;
+                        if let Some(opened) = unless_ended(opened, &account, stop.clone()).await {
+                            serve_connection(opened, served, account, options, stop).await;
                         }
                     }
                     Err(error) => tracing::debug!(%error, "lost a connection at once"),
@@ -482,14 +539,16 @@ impl Drop for Held {
     }
 }
 
-/// What `work` answers, or nothing once `stop` is true.
-async fn unless_stopped<T>(
+/// What `work` answers, or nothing once `stop` is true or the connection has to make room.
+async fn unless_ended<T>(
     work: impl Future<Output = Option<T>>,
+    account: &Account,
     mut stop: watch::Receiver<bool>,
 ) -> Option<T> {
     tokio::select! {
         done = work => done,
         _ = stop.wait_for(|stop| *stop) => None,
+        _ = account.ended() => None,
     }
 }
 
@@ -514,8 +573,9 @@ pub async fn accept(
     };
     let mut stopping = stop.clone();
     loop {
-        // Clients above the limit wait in the backlog until others leave.
+        // Clients above the limit wait in the backlog until others leave, who may be asked to.
         while workers.connections() >= workers.connections_max && !*stop.borrow() {
+            workers.budget.make_room();
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         let accepted = async {
@@ -602,6 +662,7 @@ fn is_transient(error: &io::Error) -> bool {
 async fn serve_connection(
     opened: Opened,
     served: Served,
+    account: Arc<Account>,
     options: Options,
     mut stop: watch::Receiver<bool>,
 ) {
@@ -612,7 +673,10 @@ async fn serve_connection(
     builder
         .http2()
         .timer(TokioTimer::new())
-        .max_concurrent_streams(options.max_concurrent_streams)
+        .max_concurrent_streams(match options.max_concurrent_streams {
+            u32::MAX => STREAMS_MAX,
+            set => set,
+        })
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_header_list_size(HEADER_LIST_MAX)
@@ -633,20 +697,44 @@ async fn serve_connection(
     };
     let rules = Rules {
         handshake: HANDSHAKE_TIMEOUT,
+        headers: HEADERS_TIMEOUT,
         // gRPC's rules; plain HTTP has none.
         ping_interval: served.grpc.is_some().then_some(ping_interval),
     };
     let Opened { stream, client } = opened;
     let stream = TokioIo::new(Guard::new(stream, &rules));
-    let connection = builder.serve_connection(stream, Connection { served, tls, client });
-    let mut connection = pin!(connection);
-    let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
-        _ = stop.wait_for(|stop| *stop) => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+    let connection = Connection { served, tls, client, account: account.clone() };
+    let mut connection = pin!(builder.serve_connection(stream, connection));
+    let aged = async {
+        match options.connection_age {
+            Some(age) => tokio::time::sleep(account.spread(age)).await,
+            None => std::future::pending().await,
         }
     };
+    let time_left = tokio::select! {
+        ended = connection.as_mut() => return log_end(ended),
+        _ = stop.wait_for(|stop| *stop) => None,
+        () = aged => options.connection_age_grace,
+        end = account.ended() => match end {
+            End::Now => return,
+            End::Gracefully => Some(ROOM_GRACE),
+        },
+    };
+    connection.as_mut().graceful_shutdown();
+    let cut = async {
+        match time_left {
+            Some(time) => tokio::time::sleep(time).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        ended = connection => log_end(ended),
+        () = cut => {}
+        () = account.ended_now() => {}
+    }
+}
+
+fn log_end<E: std::fmt::Display>(ended: Result<(), E>) {
     if let Err(error) = ended {
         tracing::debug!(%error, "connection ended");
     }

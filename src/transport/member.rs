@@ -6,7 +6,7 @@
 
 use std::cell::RefCell;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use actix::prelude::*;
@@ -35,6 +35,9 @@ use quorate_proto::raftpb;
 
 /// Entries committed but not applied above which new proposals are refused (v3-api section 5).
 const APPLY_LAG_MAX: u64 = 5000;
+/// Bytes of proposals that may wait for their result; above, as with the lag, new ones are refused. The
+/// lag alone bounds only their number, and each may be as large as a request.
+const PROPOSED_BYTES_MAX: usize = 256 << 20;
 /// How long a lease or a promotion waits for what is committed to be applied (v3-api section 5).
 const APPLIED_WAIT: Duration = Duration::from_secs(1);
 /// The pause before a turn that found the raft actor's mailbox full is handed over again.
@@ -81,6 +84,8 @@ pub struct Member {
     /// True when the member stops: streams end, new requests are refused.
     pub stopping: watch::Sender<bool>,
     pub next_stream: AtomicU64,
+    /// Bytes of proposals that wait for their result.
+    pub proposed_bytes: AtomicUsize,
 }
 
 /// What a thread has gathered in this turn of its loop.
@@ -92,18 +97,28 @@ struct Turn {
 }
 
 /// Counts a proposal until it is answered, or its caller is gone: a client that cancels drops the call.
-struct Pending(&'static Metrics);
+struct Pending<'m> {
+    member: &'m Member,
+    bytes: usize,
+}
 
-impl Pending {
-    fn new(metrics: &'static Metrics) -> Self {
-        metrics.proposals_pending.increment(1.0);
-        Pending(metrics)
+impl<'m> Pending<'m> {
+    /// `None` if too much waits already. One that is alone may be as large as it likes.
+    fn new(member: &'m Member, bytes: usize) -> Option<Self> {
+        let before = member.proposed_bytes.fetch_add(bytes, Ordering::Relaxed);
+        if before > 0 && before + bytes > PROPOSED_BYTES_MAX {
+            member.proposed_bytes.fetch_sub(bytes, Ordering::Relaxed);
+            return None;
+        }
+        member.metrics.proposals_pending.increment(1.0);
+        Some(Pending { member, bytes })
     }
 }
 
-impl Drop for Pending {
+impl Drop for Pending<'_> {
     fn drop(&mut self) {
-        self.0.proposals_pending.decrement(1.0);
+        self.member.proposed_bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.member.metrics.proposals_pending.decrement(1.0);
     }
 }
 
@@ -197,7 +212,7 @@ impl Member {
             return Err(RequestError::TooLarge);
         }
         let (reply, answer) = oneshot::channel();
-        let pending = Pending::new(self.metrics);
+        let pending = Pending::new(self, data.len()).ok_or(RequestError::TooManyRequests)?;
         self.gather(|turn| turn.requests.proposals.push(Proposal { id, data, reply }));
         let answer = tokio::time::timeout(self.limits.request_timeout, answer).await;
         drop(pending);
@@ -498,6 +513,7 @@ pub(crate) mod tests {
             metrics: Box::leak(Box::new(Metrics::new())),
             stopping: watch::Sender::new(false),
             next_stream: AtomicU64::new(1),
+            proposed_bytes: AtomicUsize::new(0),
         });
         Silent { member, raft, leases, _seats: seats }
     }

@@ -1,8 +1,10 @@
 //! Sockets and encodings: how clients, peers and scrapers reach the actors.
 
 mod authority;
+pub mod budget;
 pub mod grpc;
 pub mod guard;
+pub mod held;
 pub mod http;
 pub mod identity;
 pub mod listener;

@@ -265,3 +265,72 @@ fn a_member_without_traffic_writes_nothing() {
     assert_eq!(committed(), settled);
     daemon.stop();
 }
+
+#[test]
+fn slow_calls_are_logged_and_counted_without_their_values() {
+    let flags = ["--warning-apply-duration=1ns", "--warning-unary-request-duration=1ns"];
+    let setup = Setup::new(&flags);
+    let daemon = setup.start();
+    runtime().block_on(async {
+        let client = daemon.client();
+        client.put("slow", "a secret").await.unwrap();
+        assert_eq!(client.get("slow").await.unwrap().unwrap().value, "a secret");
+        let error = client.get_at("slow", 1000).await.unwrap_err();
+        assert_eq!(error.code(), Code::OutOfRange);
+    });
+    let put = r#"key:"slow" value_size:8"#;
+    let (applied, read, calls) = crate::process::wait_for("the lines of all calls", || {
+        let log = daemon.log();
+        let slow = |request: String| {
+            let is_it = |line: &&serde_json::Value| line["request"] == *request;
+            log.iter().filter(is_it).cloned().collect::<Vec<_>>()
+        };
+        let (applied, read) = (slow(format!("put:<{put}>")), slow(r#"key:"slow""#.to_string()));
+        let of_kv = |line: &&serde_json::Value| {
+            let method = line["response type"].as_str().unwrap_or_default();
+            line["msg"] == "request stats" && method.starts_with("/etcdserverpb.KV/")
+        };
+        let calls: Vec<_> = log.iter().filter(of_kv).cloned().collect();
+        match (applied.first(), read.first(), calls.len()) {
+            (Some(applied), Some(read), 3) => Ok((applied.clone(), read.clone(), calls)),
+            _ => Err(daemon.log_text()),
+        }
+    });
+    for line in [&applied, &read] {
+        assert_eq!(
+            (&line["msg"], &line["level"]),
+            (&"apply request took too long".into(), &"warn".into())
+        );
+        assert_eq!(line["expected-duration"], "1ns");
+        assert!(line["took"].as_str().unwrap().ends_with('s'), "{line}");
+    }
+    assert_eq!((&applied["prefix"], &read["prefix"]), (&"".into(), &"read-only range ".into()));
+    assert!(read["response"].as_str().unwrap().starts_with("range_response_count:1 size:"));
+    let expected = [
+        ("/etcdserverpb.KV/Put", "Ok", 1, 0, put),
+        ("/etcdserverpb.KV/Range", "Ok", 0, 1, r#"key:"slow""#),
+        ("/etcdserverpb.KV/Range", "OutOfRange", 0, 0, r#"key:"slow" revision:1000"#),
+    ];
+    for (line, (method, code, asked, answered, content)) in calls.iter().zip(expected) {
+        assert_eq!(
+            (&line["response type"], &line["response code"]),
+            (&method.into(), &code.into())
+        );
+        assert_eq!(
+            (&line["request count"], &line["response count"]),
+            (&asked.into(), &answered.into())
+        );
+        assert_eq!(line["request content"], content);
+        assert!(line["request size"].as_u64().unwrap() > 5, "{line}");
+        assert_eq!(line["response size"].as_u64().unwrap() > 0, code == "Ok", "{line}");
+        assert!(line["remote"].as_str().unwrap().starts_with("127.0.0.1:"), "{line}");
+        assert!(line["start time"].as_str().unwrap().ends_with('Z'), "{line}");
+        assert!(line["time spent"].as_str().unwrap().ends_with('s'), "{line}");
+    }
+    assert!(!daemon.log_text().contains("secret"));
+    let page = crate::page::parse(&daemon.http("/metrics").body);
+    assert!(page["etcd_server_slow_apply_total"].samples[""] >= 2.0);
+    let durations = &page["etcd_server_request_duration_seconds"].samples;
+    assert!(durations.iter().any(|(labels, _)| labels.contains("Put")), "{durations:?}");
+    daemon.stop();
+}

@@ -12,16 +12,18 @@ use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
 
 use super::deadline::{self, Deadline, within};
-use super::{Counted, Ending, Reply};
+use super::{Counted, Ending, Reply, crowded};
 use crate::actors::compactor::AwaitCompaction;
 use crate::actors::raft::RequestError;
 use crate::config::duration::GoDuration;
 use crate::core::apply::{ApplyError, Reply as Applied};
 use crate::core::check;
 use crate::core::command::Request as Command;
+use crate::core::describe::Described;
 use crate::core::mvcc::range::Ranged;
 use crate::core::mvcc::txn;
 use crate::metrics::{Method, RequestKind};
+use crate::transport::budget::Account;
 use crate::transport::member::Member;
 use crate::transport::status;
 
@@ -60,20 +62,34 @@ impl Kv {
             tracing::warn!(
                 took = %GoDuration::from(took),
                 "expected-duration" = %GoDuration::from(self.0.limits.warning_apply),
-                request = "Range",
-                success = result.is_ok(),
+                prefix = "read-only range ",
+                request = %Described(request),
+                response = %result.as_ref().map_or_else(
+                    |_| String::new(),
+                    |seen| format!(
+                        "range_response_count:{} size:{}",
+                        seen.result.kvs.len(),
+                        seen.result.kvs.iter().map(|kv| kv.0.len()).sum::<usize>()
+                    )
+                ),
+                error = result.as_ref().err().map(ToString::to_string),
                 "apply request took too long"
             );
         }
         Ok(result?)
     }
 
-    async fn range(self, request: pb::RangeRequest) -> Result<pb::RangeResponse, Status> {
+    async fn range(
+        self,
+        request: pb::RangeRequest,
+        account: Option<Arc<Account>>,
+    ) -> Result<pb::RangeResponse, Status> {
         check::range(&request)?;
         let started = Instant::now();
         if !request.serializable {
             self.0.read_index().await?;
         }
+        room(account.as_deref()).await?;
         let seen = self.read_range(&request, true);
         let seconds = self.0.metrics.request_seconds(RequestKind::Range, seen.is_ok());
         seconds.record(started.elapsed());
@@ -110,25 +126,35 @@ impl Kv {
         Ok(reply)
     }
 
-    async fn txn(self, request: pb::TxnRequest) -> Result<pb::TxnResponse, Status> {
+    async fn txn(
+        self,
+        request: pb::TxnRequest,
+        account: Option<Arc<Account>>,
+    ) -> Result<pb::TxnResponse, Status> {
         let request = Command::Txn(request);
         self.0.check_quota(&request).await?;
         let Command::Txn(body) = &request else { unreachable!("made above") };
         check::txn(body, self.0.limits.txn_ops_max)?;
         if check::is_read_only(body) {
-            return self.read_only(body).await;
+            return self.read_only(body, account.as_deref()).await;
         }
+        room(account.as_deref()).await?;
         let answer = self.0.propose(request).await?;
         let Applied::Txn(mut reply) = answer.reply else { unreachable!("a txn answers a txn") };
         self.stamp(&mut reply.header, answer.term.0);
         Ok(reply)
     }
 
-    async fn read_only(&self, request: &pb::TxnRequest) -> Result<pb::TxnResponse, Status> {
+    async fn read_only(
+        &self,
+        request: &pb::TxnRequest,
+        account: Option<&Account>,
+    ) -> Result<pb::TxnResponse, Status> {
         let started = Instant::now();
         if !check::is_serializable(request) {
             self.0.read_index().await?;
         }
+        room(account).await?;
         let mut refused = None;
         let seen = self.0.read(|now, values| {
             let mut reply = match txn::read_only(&now.store, values, request) {
@@ -214,6 +240,15 @@ impl Kv {
     }
 }
 
+/// Waits while clients hold too much: right before a read, which no other call comes between until what
+/// it read is on the connection's account.
+async fn room(account: Option<&Account>) -> Result<(), Status> {
+    match account {
+        Some(account) => account.room().await.map_err(|_| crowded()),
+        None => Ok(()),
+    }
+}
+
 /// Keys in the first chunk of a range stream (v3-api 3.4).
 const FIRST_CHUNK_KEYS: i64 = 10;
 
@@ -289,7 +324,8 @@ impl pb::kv_server::Kv for Kv {
         request: Request<pb::RangeRequest>,
     ) -> Result<Response<pb::RangeResponse>, Status> {
         let local = |range: &pb::RangeRequest| range.serializable;
-        self.0.unary(Method::Range, local, request, |r| Kv::range(self.clone(), r)).await
+        let account = request.extensions().get::<Arc<Account>>().cloned();
+        self.0.unary(Method::Range, local, request, |r| Kv::range(self.clone(), r, account)).await
     }
 
     type RangeStreamStream = Reply<pb::RangeStreamResponse>;
@@ -340,7 +376,8 @@ impl pb::kv_server::Kv for Kv {
         &self,
         request: Request<pb::TxnRequest>,
     ) -> Result<Response<pb::TxnResponse>, Status> {
-        self.0.unary(Method::Txn, |_| false, request, |r| Kv::txn(self.clone(), r)).await
+        let account = request.extensions().get::<Arc<Account>>().cloned();
+        self.0.unary(Method::Txn, |_| false, request, |r| Kv::txn(self.clone(), r, account)).await
     }
 
     async fn compact(

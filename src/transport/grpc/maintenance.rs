@@ -4,20 +4,23 @@ use std::fs::File;
 use std::io::{BufWriter, Read, Seek, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use engine_api::Table;
 use futures_util::stream;
+use parking_lot::Mutex;
 use prost::Message as _;
 use quorate_proto::etcdserverpb as pb;
 use quorate_proto::etcdserverpb::downgrade_request::DowngradeAction;
-use tokio::sync::{mpsc, oneshot};
-use tonic::{Request, Response, Status};
+use rustc_hash::FxHashMap;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::{Notify, mpsc, oneshot};
+use tonic::{Code, Request, Response, Status};
 
 use super::deadline::{self, Deadline};
-use super::{Counted, Ending, Reply};
+use super::{Counted, Ending, Reply, crowded};
 use crate::actors::applier::Checkpoint;
 use crate::actors::export::{For, write_bbolt};
 use crate::config::duration::GoDuration;
@@ -28,6 +31,7 @@ use crate::core::membership::Version;
 use crate::core::mvcc::hash::hash_all;
 use crate::core::types::MemberId;
 use crate::metrics::Method;
+use crate::transport::budget::Account;
 use crate::transport::member::Member;
 use crate::transport::status;
 
@@ -37,14 +41,121 @@ pub struct Maintenance {
     pub member: Arc<Member>,
     /// Where a snapshot is gathered before it is sent, on the data's own disk.
     pub snap_dir: PathBuf,
+    pub snapshots: Arc<Snapshots>,
 }
 
 /// Bytes of a snapshot in one message.
 const CHUNK: usize = 32 * 1024;
 /// Chunks read ahead of the client.
-const CHUNKS_AHEAD: usize = 32;
+const CHUNKS_AHEAD: usize = 8;
 /// Length of the SHA-256 that ends a snapshot.
 const DIGEST: u64 = 32;
+
+/// Snapshots being gathered or sent to clients at once: each takes a thread, and as much of the disk as
+/// the data.
+const SNAPSHOTS_MAX: usize = 8;
+/// Those that one connection may ask for at once.
+const SNAPSHOTS_OF_CONNECTION_MAX: usize = 2;
+/// How long the client of a snapshot may take nothing of it before it makes room for another.
+const SNAPSHOT_STALL: Duration = Duration::from_secs(10);
+/// Time between two looks whether there is room for a snapshot.
+const SNAPSHOT_POLL: Duration = Duration::from_millis(100);
+
+/// A snapshot under way.
+struct Sending {
+    /// When its client last took a part of it; `None` while it is gathered.
+    moved: Mutex<Option<Instant>>,
+    ended: AtomicBool,
+    ending: Notify,
+}
+
+/// The snapshots under way, and those that wait for room.
+#[derive(Default)]
+pub struct Snapshots {
+    sending: Mutex<Vec<Arc<Sending>>>,
+    /// How many each connection has asked for and not yet got.
+    wanted: Mutex<FxHashMap<u64, usize>>,
+}
+
+impl Snapshots {
+    /// Counts one of a connection; `None` if it has enough.
+    fn want(self: &Arc<Self>, connection: u64) -> Option<Wanted> {
+        let mut wanted = self.wanted.lock();
+        let count = wanted.entry(connection).or_default();
+        if *count >= SNAPSHOTS_OF_CONNECTION_MAX {
+            return None;
+        }
+        *count += 1;
+        Some(Wanted { all: self.clone(), connection })
+    }
+
+    /// Waits for room, which a client that does not read its snapshot has to make.
+    async fn enter(self: &Arc<Self>) -> Slot {
+        loop {
+            if let Some(slot) = self.try_enter() {
+                return slot;
+            }
+            tokio::time::sleep(SNAPSHOT_POLL).await;
+        }
+    }
+
+    fn try_enter(self: &Arc<Self>) -> Option<Slot> {
+        let mut all = self.sending.lock();
+        if all.len() < SNAPSHOTS_MAX {
+            let sending = Arc::new(Sending {
+                moved: Mutex::new(None),
+                ended: AtomicBool::new(false),
+                ending: Notify::new(),
+            });
+            all.push(sending.clone());
+            return Some(Slot { all: self.clone(), sending });
+        }
+        for sending in all.iter() {
+            let stalled = sending.moved.lock().map(|moved| moved.elapsed());
+            if let Some(stalled) = stalled.filter(|stalled| *stalled >= SNAPSHOT_STALL)
+                && !sending.ended.swap(true, Ordering::AcqRel)
+            {
+                tracing::warn!(
+                    "stalled-ms" = stalled.as_millis() as u64,
+                    "gave up a snapshot whose client does not read it, to make room for another"
+                );
+                sending.ending.notify_one();
+                break;
+            }
+        }
+        None
+    }
+}
+
+/// The place of one snapshot among those of its connection.
+struct Wanted {
+    all: Arc<Snapshots>,
+    connection: u64,
+}
+
+impl Drop for Wanted {
+    fn drop(&mut self) {
+        let mut wanted = self.all.wanted.lock();
+        if let Some(count) = wanted.get_mut(&self.connection) {
+            *count -= 1;
+            if *count == 0 {
+                wanted.remove(&self.connection);
+            }
+        }
+    }
+}
+
+/// The place of one snapshot among those under way.
+struct Slot {
+    all: Arc<Snapshots>,
+    sending: Arc<Sending>,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        self.all.sending.lock().retain(|sending| !Arc::ptr_eq(sending, &self.sending));
+    }
+}
 
 /// So long before the client's deadline it is told why leadership did not move: at the deadline, it
 /// would hear only of that.
@@ -183,6 +294,11 @@ impl Maintenance {
         self,
         chunks: mpsc::Sender<Result<pb::SnapshotResponse, Status>>,
     ) -> Result<(), Status> {
+        let slot = tokio::select! {
+            slot = self.snapshots.enter() => slot,
+            // Nobody waits for it any more.
+            () = chunks.closed() => return Ok(()),
+        };
         self.checkpoint().await?;
         let version =
             self.member.shared.published.load().members.cluster_version.map(|v| v.to_string());
@@ -204,7 +320,15 @@ impl Maintenance {
                 "sending database snapshot to client"
             );
             file.rewind().map_err(io)?;
-            send_chunks(&mut file, total, version.unwrap_or_default(), &sink).map_err(io)?;
+            let version = version.unwrap_or_default();
+            // Its time begins with the first part.
+            *slot.sending.moved.lock() = Some(Instant::now());
+            if !send_chunks(&mut file, total, version, &sink, &slot.sending).map_err(io)? {
+                return match slot.sending.ended.load(Ordering::Acquire) {
+                    true => Err(crowded()),
+                    false => Ok(()),
+                };
+            }
             let took = started.elapsed();
             member.metrics.backend_snapshot_seconds.record(took);
             tracing::info!(
@@ -284,14 +408,16 @@ fn gather(member: &Member, file: &mut File) -> Result<(), WriteError> {
     Ok(())
 }
 
-/// Reads `total` bytes from `file` and sends them, the digest in a message of its own. Ends early when
-/// the client is gone.
+/// Reads `total` bytes from `file` and sends them, the digest in a message of its own. Ends early, and
+/// answers so, when the client is gone or has to make room.
 fn send_chunks(
     file: &mut File,
     total: u64,
     version: String,
     chunks: &mpsc::Sender<Result<pb::SnapshotResponse, Status>>,
-) -> std::io::Result<()> {
+    sending: &Sending,
+) -> std::io::Result<bool> {
+    let runtime = tokio::runtime::Handle::current();
     let mut left = total;
     while left > 0 {
         let len = if left > DIGEST { (left - DIGEST).min(CHUNK as u64) } else { left };
@@ -305,11 +431,22 @@ fn send_chunks(
             blob: Bytes::from(blob),
             version: version.clone(),
         };
-        if chunks.blocking_send(Ok(chunk)).is_err() {
-            return Ok(());
+        let sent = match chunks.try_send(Ok(chunk)) {
+            Ok(()) => true,
+            Err(TrySendError::Closed(_)) => false,
+            Err(TrySendError::Full(chunk)) => runtime.block_on(async {
+                tokio::select! {
+                    sent = chunks.send(chunk) => sent.is_ok(),
+                    () = sending.ending.notified() => false,
+                }
+            }),
+        };
+        if !sent {
+            return Ok(false);
         }
+        *sending.moved.lock() = Some(Instant::now());
     }
-    Ok(())
+    Ok(true)
 }
 
 #[tonic::async_trait]
@@ -365,9 +502,20 @@ impl pb::maintenance_server::Maintenance for Maintenance {
         let leaderless = self.member.stream_leaderless(request.metadata());
         let deadline = Deadline::of(request.metadata());
         call.received(request.get_ref().encoded_len());
+        let wanted = match request.extensions().get::<Arc<Account>>() {
+            None => None,
+            Some(account) => match self.snapshots.want(account.id()) {
+                None => {
+                    call.finish(Code::ResourceExhausted);
+                    return Err(crowded());
+                }
+                wanted => wanted,
+            },
+        };
         let (sender, receiver) = mpsc::channel(CHUNKS_AHEAD);
         let this = self.clone();
         actix::spawn(async move {
+            let _wanted = wanted;
             if let Err(status) = this.send_snapshot(sender.clone()).await {
                 // A client that is gone needs no reason.
                 drop(sender.send(Err(status)).await);

@@ -7,8 +7,10 @@ pub mod health;
 pub mod kv;
 pub mod lease;
 pub mod maintenance;
+mod slow;
 pub mod watch;
 
+use std::any::Any;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -21,8 +23,9 @@ use tonic::metadata::MetadataMap;
 use tonic::{Code, Request, Response, Status};
 
 use self::deadline::{Deadline, within};
-use crate::config::duration::GoDuration;
 use crate::metrics::{GrpcCall, Method, Metrics};
+use crate::transport::budget::Account;
+use crate::transport::held;
 use crate::transport::member::Member;
 use crate::transport::status;
 
@@ -31,6 +34,14 @@ pub type Reply<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
 /// Election timeouts in a row without a leader after which a stream with `hasleader` ends.
 const NO_LEADER_TIMEOUTS: u32 = 3;
+
+/// Bytes of a response that are on its connection's account before they are encoded.
+const REPLY_HELD_MIN: usize = 16 << 10;
+
+/// The answer to a call for which there is no room.
+pub fn crowded() -> Status {
+    Status::resource_exhausted("etcdserver: too many requests")
+}
 
 /// What the gates of v3-api sections 1 and 7 let through.
 fn admit(
@@ -67,7 +78,7 @@ fn requires_leader(metadata: &MetadataMap) -> bool {
 
 impl Member {
     /// Runs a unary call: gates, accounting, slow-call warning.
-    async fn unary<Q: Message, R: Message, F>(
+    async fn unary<Q: Message + 'static, R: Message + 'static, F>(
         self: &Arc<Self>,
         method: Method,
         on_learner: impl FnOnce(&Q) -> bool,
@@ -79,28 +90,39 @@ impl Member {
     {
         let call = GrpcCall::start(method, self.metrics);
         let started = Instant::now();
-        let (metadata, _, body) = request.into_parts();
-        call.received(body.encoded_len());
+        let (metadata, extensions, body) = request.into_parts();
+        let account = extensions.get::<Arc<Account>>();
+        let (asked, request_bytes) = (slow::Asked::of(&body), body.encoded_len());
+        call.received(request_bytes);
         let result = match admit(self, &metadata, on_learner(&body), false) {
             Ok(()) => within(deadline::timeout(&metadata), run(body)).await,
             Err(status) => Err(status),
         };
         let took = started.elapsed();
         if took > self.limits.warning_unary {
-            let code = result.as_ref().map_or_else(Status::code, |_| Code::Ok);
-            let (service, name, _) = method.parts();
-            tracing::warn!(
-                "time spent" = %GoDuration::from(took),
-                "response type" = %format_args!("/{service}/{name}"),
-                "response code" = ?code,
-                "request stats"
-            );
+            let reply = result.as_ref().ok();
+            let call = slow::Call {
+                method,
+                took,
+                remote: account.and_then(|account| account.remote()),
+                asked: &asked,
+                request_bytes,
+                code: result.as_ref().map_or_else(Status::code, |_| Code::Ok),
+                reply: reply.map(|reply| reply as &dyn Any),
+                reply_bytes: reply.map_or(0, Message::encoded_len),
+            };
+            call.warn();
         }
         match result {
             Ok(reply) => {
-                call.sent(reply.encoded_len());
+                let bytes = reply.encoded_len();
+                call.sent(bytes);
                 call.finish(Code::Ok);
-                Ok(Response::new(reply))
+                let mut response = Response::new(reply);
+                if let Some(account) = account.filter(|_| bytes >= REPLY_HELD_MIN) {
+                    response.extensions_mut().insert(held::Reply::new(account, bytes));
+                }
+                Ok(response)
             }
             Err(status) => {
                 call.finish(status.code());

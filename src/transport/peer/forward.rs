@@ -610,6 +610,8 @@ mod tests {
             reuse_port: false,
             reuse_address: false,
             write_timeout: None,
+            connection_age: None,
+            connection_age_grace: None,
         };
         let workers = Workers::new(vec![Arbiter::current()], 16);
         let stop = watch::Sender::new(false);
