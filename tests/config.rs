@@ -346,7 +346,10 @@ fn a_file_with_wrong_values_is_refused_by_key() {
             "unexpected error setting up advertise-peer-urls: URL scheme must be http, https, unix, or unixs: x",
         ),
         ("initial-cluster-state: old", r#"unexpected clusterState "old""#),
-        ("quorate: {engin: redb}", "unknown key engin (known are engine, engine-options)"),
+        (
+            "quorate: {engin: redb}",
+            "unknown key engin (known are engine, engine-options, max-connection-age, max-connection-age-grace)",
+        ),
         ("engine: redb\nquorate: {engine: redb}", "engine is set twice"),
         ("engine: sled", r#"unknown engine "sled" (supported are memory, redb)"#),
         (

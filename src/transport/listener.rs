@@ -530,7 +530,7 @@ impl Workers {
                     Ok((socket, remote)) => {
                         // Done here, so that nobody else's connection waits for it.
                         let opened = security.open(socket, remote, HANDSHAKE_TIMEOUT);
-                        if let Some(opened) = unless_stopped(opened, stop.clone()).await {
+                        if let Some(opened) = unless_ended(opened, &account, stop.clone()).await {
                             let kept = Kept(held.clone());
                             serve_connection(opened, served, account, kept, options, stop).await;
                         }
@@ -559,14 +559,16 @@ impl Drop for Held {
     }
 }
 
-/// What `work` answers, or nothing once `stop` is true.
-async fn unless_stopped<T>(
+/// What `work` answers, or nothing once `stop` is true or the connection has to make room.
+async fn unless_ended<T>(
     work: impl Future<Output = Option<T>>,
+    account: &Account,
     mut stop: watch::Receiver<bool>,
 ) -> Option<T> {
     tokio::select! {
         done = work => done,
         _ = stop.wait_for(|stop| *stop) => None,
+        _ = account.ended() => None,
     }
 }
 

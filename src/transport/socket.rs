@@ -32,10 +32,10 @@ pub enum Detached {
 impl Detached {
     /// Where it comes from.
     pub fn remote(&self) -> Remote {
-        Remote(match self {
-            Detached::Tcp(_, remote) => Some(*remote),
-            Detached::Unix(_) => None,
-        })
+        match self {
+            Detached::Tcp(_, remote) => Remote(Some(*remote)),
+            Detached::Unix(_) => Remote(None),
+        }
     }
 
     /// Registers it with the runtime of this thread.
@@ -43,12 +43,12 @@ impl Detached {
     /// # Errors
     /// Of the system.
     pub fn attach(self) -> io::Result<(Socket, Remote)> {
-        Ok(match self {
-            Detached::Tcp(stream, remote) => {
-                (Socket::Tcp(TcpStream::from_std(stream)?), Remote(Some(remote)))
-            }
-            Detached::Unix(stream) => (Socket::Unix(UnixStream::from_std(stream)?), Remote(None)),
-        })
+        let remote = self.remote();
+        let socket = match self {
+            Detached::Tcp(stream, _) => Socket::Tcp(TcpStream::from_std(stream)?),
+            Detached::Unix(stream) => Socket::Unix(UnixStream::from_std(stream)?),
+        };
+        Ok((socket, remote))
     }
 }
 
