@@ -174,7 +174,7 @@ fn what_was_taken_back_is_refused_as_by_etcd() {
     let text = format!("transport: certificate serial {hex} revoked");
     for log in logs {
         let errors = rejections(&log);
-        assert!(errors.iter().any(|said| *said == text), "{text}: {errors:?}");
+        assert!(errors.contains(&text), "{text}: {errors:?}");
     }
 }
 

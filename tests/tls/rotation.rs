@@ -264,7 +264,7 @@ fn authority_and_certificates_are_replaced_under_load_and_no_request_fails() {
             client.await.unwrap();
         }
         load.check();
-        for seat in load.clients.borrow().iter() {
+        for seat in load.clients.take() {
             let connected = seat.connector.connected() as u64;
             let expected = if seat.reconnects { seat.puts.get() } else { 1 };
             assert_eq!(connected, expected, "{}", seat.key);
