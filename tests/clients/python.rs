@@ -24,6 +24,8 @@ pub struct Suite {
     pub requirements: &'static str,
     /// pytest's, in the library's source directory.
     pub arguments: &'static [&'static str],
+    /// Files of tests beside this one that run too: of what the library's own leave out.
+    pub own: &'static [&'static str],
 }
 
 /// A suite that can run.
@@ -100,6 +102,7 @@ impl Ready {
         pytest
             .args(["-m", "pytest"])
             .args(self.suite.arguments)
+            .args(self.suite.own.iter().map(|file| own.join(file)))
             // The library's own options ask for plugins that measure its coverage.
             .args(["-o", "addopts=", "-p", "no:cacheprovider", "-p", "suite_under_test"])
             .arg(format!("--junitxml={}", report.display()))
