@@ -495,8 +495,8 @@ fn rules_are_told_in_the_words_of_etcd() {
             "not supported yet: --advertise-client-urls (TLS)",
         ),
         (
-            &["--auth-token=jwt,sign-method=HS256,priv-key=k"],
-            "not supported yet: --auth-token (jwt)",
+            &["--auth-token=jwt,sign-method=none"],
+            r#"auth: invalid auth options: --auth-token: unknown sign-method "none""#,
         ),
         (
             &["--enable-pprof", "--enable-distributed-tracing"],
@@ -535,6 +535,14 @@ fn rules_are_told_in_the_words_of_etcd() {
     assert_eq!(checked.checks.compact_hash_check_time, Duration::from_secs(120));
     // The limits themselves pass.
     flags(&["--election-timeout=50000", "--heartbeat-interval=10000"]);
+}
+
+#[test]
+fn an_option_of_signed_tokens_that_is_unknown_is_told() {
+    let token = "--auth-token=jwt,sign-method=HS256,priv-key=k,kid=1,aud=x";
+    let (_, notices) = served(load(&[token], &[]));
+    let names = "kid, aud".to_owned();
+    assert!(notices.contains(&Notice::TokenOptionsUnknown { names }), "{notices:?}");
 }
 
 #[test]

@@ -18,6 +18,7 @@
 //! applier ── Installed ──► snapshot
 //! transport/peer ── Flush (by way of export) ──► applier
 //! transport ── Renewals, Remaining ──► lease      transport ── Open, Ask, Delivered ──► watch
+//! applier ══ logins, what ends them ══► transport/token (a call: it is known before anyone is answered)
 //! ```
 //!
 //! Order that may never change: **persist, then send what depends on it** (the raft node holds such

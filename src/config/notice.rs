@@ -44,6 +44,9 @@ pub enum Notice {
         given: u64,
         used: u32,
     },
+    TokenOptionsUnknown {
+        names: String,
+    },
     MetricsUnknown {
         given: String,
     },
@@ -99,6 +102,7 @@ impl Notice {
             Notice::BcryptCost { given, used } => {
                 warn!("given-cost" = given, "used-cost" = used, "{self}");
             }
+            Notice::TokenOptionsUnknown { names } => warn!(keys = names, "{self}"),
             Notice::MetricsUnknown { given } => warn!(metrics = given, "{self}"),
             Notice::LargeRequests { bytes, recommended } => {
                 warn!(
@@ -147,6 +151,9 @@ impl fmt::Display for Notice {
                  a change of leader after a restart forgets them"
             }
             Notice::BcryptCost { .. } => "--bcrypt-cost is outside 4 to 31; using the default",
+            Notice::TokenOptionsUnknown { .. } => {
+                "unknown options of --auth-token are without effect"
+            }
             Notice::MetricsUnknown { .. } => {
                 "--metrics is neither basic nor extensive; using basic"
             }

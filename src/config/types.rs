@@ -217,6 +217,16 @@ pub struct JwtOptions {
 }
 
 impl AuthToken {
+    /// Names of options in what [`AuthToken::parse`] takes that mean nothing.
+    pub fn unknown_options(text: &str) -> Vec<&str> {
+        let mut parts = text.split(',');
+        if parts.next() != Some("jwt") {
+            return Vec::new();
+        }
+        let names = parts.filter_map(|part| part.split_once('=').map(|(name, _)| name));
+        names.filter(|name| !JWT_OPTIONS.contains(name)).collect()
+    }
+
     /// Reads the option: empty, `simple`, or `jwt` with options behind commas.
     ///
     /// # Errors
@@ -263,6 +273,9 @@ impl AuthToken {
     }
 }
 
+/// Options of `jwt`.
+const JWT_OPTIONS: [&str; 4] = ["sign-method", "pub-key", "priv-key", "ttl"];
+
 const SIGN_METHODS: [&str; 13] = [
     "HS256", "HS384", "HS512", "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256",
     "ES384", "ES512", "EdDSA",
@@ -303,6 +316,8 @@ mod tests {
             ttl: Duration::from_secs(600),
         };
         assert_eq!(jwt, AuthToken::Jwt(expected));
+        assert_eq!(AuthToken::unknown_options("jwt,sign-method=RS256,a=b,ttl=1s,c=d"), ["a", "c"]);
+        assert_eq!(AuthToken::unknown_options("simple"), [""; 0]);
         for text in ["jwt", "jwt,sign-method=X", "jwt,sign-method", "oidc", "simple,a=1,a=2"] {
             assert!(AuthToken::parse(text).is_err(), "{text}");
         }

@@ -256,6 +256,10 @@ pub(super) fn resolve(
     }
     config.auth.token =
         AuthToken::parse(&config.given.auth_token).map_err(ConfigError::AuthToken)?;
+    let unknown = AuthToken::unknown_options(&config.given.auth_token);
+    if !unknown.is_empty() {
+        sources.notices.push(Notice::TokenOptionsUnknown { names: unknown.join(", ") });
+    }
     config.storage.engine = EngineKind::from_name(&config.given.engine)
         .ok_or_else(|| ConfigError::Engine(config.given.engine.clone()))?;
     defaults_for_zero(config, &mut sources.notices)

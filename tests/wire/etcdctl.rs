@@ -587,13 +587,22 @@ async fn users_and_roles() {
     let root = printed(&pair[0], &run(&pair[0], &["role", "get", "root"], ""));
     let everything = "\t[, <open ended> (prefix )\n";
     assert_eq!(root.out, format!("Role root\nKV Read:\n{everything}KV Write:\n{everything}"));
-    // What would switch it on says so and changes nothing: the member goes on.
-    let ours = &pair[0];
-    assert!(run(ours, &["user", "grant-role", "root", "root"], "").status.success());
-    let refused = printed(ours, &run(ours, &["auth", "enable"], ""));
-    assert!(refused.errors.contains("not supported yet: enabling authentication"), "{refused:?}");
-    assert_ne!(refused.code, Some(0));
-    assert!(run(ours, &["put", "b", "1"], "").status.success());
+    // Switched on, everyone has to say who they are.
+    let commands: &[&[&str]] = &[
+        &["user", "grant-role", "root", "root"],
+        &["auth", "enable"],
+        &["put", "b", "1"],
+        &["--user", "root:other", "put", "b", "1"],
+        &["--user", "root:pw", "put", "b", "1"],
+        &["get", "b"],
+        &["--user", "root:pw", "get", "b"],
+        &["--user", "root:pw", "auth", "disable"],
+        &["get", "b"],
+    ];
+    for args in commands {
+        let [ours, theirs] = pair.each_ref().map(|member| printed(member, &run(member, args, "")));
+        assert_eq!(ours, theirs, "etcdctl {args:?}");
+    }
 }
 
 /// Output without ids and terms, which differ between any two clusters.

@@ -745,8 +745,6 @@ async fn users_and_roles_while_authentication_is_off() {
         assert_eq!((status.enabled, status.auth_revision), (false, 6));
         assert_eq!(revision(status.header), at);
 
-        // Switching it on is refused before anything of it is in the log: also after a restart the
-        // member goes on.
         for (name, text) in [
             ("nobody", "etcdserver: root user does not exist"),
             ("root", "etcdserver: root user does not have root role"),
@@ -757,18 +755,47 @@ async fn users_and_roles_while_authentication_is_off() {
         }
         let root = pb::AuthUserGrantRoleRequest { user: "root".into(), role: "root".into() };
         api.auth.user_grant_role(root).await.unwrap();
-        let refused = api.auth.auth_enable(pb::AuthEnableRequest {}).await.map_err(said);
-        let unsupported = error(Code::Unimplemented, "not supported yet: enabling authentication");
-        assert_eq!(refused.unwrap_err(), unsupported);
+        api.auth.auth_enable(pb::AuthEnableRequest {}).await.unwrap();
         let mut member = member;
-        member.crash().await;
-        assert_eq!(member.api().put("k", "w").await, at + 1);
+        for _ in 0..2 {
+            let put = pb::PutRequest { key: "k".into(), ..Default::default() };
+            let refused = member.api().kv.put(put).await.map_err(said).unwrap_err();
+            assert_eq!(refused, error(Code::InvalidArgument, "etcdserver: user name is empty"));
+            // Also after a restart.
+            member.crash().await;
+        }
+        for (name, password, code, text) in [
+            ("root", "other", Code::InvalidArgument, AUTH_FAILED),
+            ("stranger", "pw", Code::InvalidArgument, AUTH_FAILED),
+            ("open", "top-secret-3", Code::Unknown, NO_PASSWORD),
+        ] {
+            let request = log_in(name, password);
+            let refused = member.api().auth.authenticate(request).await.map_err(said).unwrap_err();
+            assert_eq!(refused, error(code, text), "{name}");
+        }
+        let reply =
+            member.api().auth.authenticate(log_in("root", "pw")).await.unwrap().into_inner();
+        assert_eq!(revision(reply.header), at);
+        let (letters, index) = reply.token.split_once('.').unwrap();
+        assert!(letters.len() == 16 && index.parse::<u64>().unwrap() > 0, "{}", reply.token);
+        let put = pb::PutRequest { key: "k".into(), ..Default::default() };
+        let mut request = tonic::Request::new(put);
+        request.metadata_mut().insert("token", reply.token.parse().unwrap());
+        let put = member.api().kv.put(request).await.unwrap().into_inner();
+        assert_eq!(revision(put.header), at + 1);
         // No password is in any file.
         for (path, bytes) in files(member.scratch()) {
             let found = bytes.windows(10).any(|window| window == b"top-secret");
             assert!(!found, "{}", path.display());
         }
     }
+}
+
+const AUTH_FAILED: &str = "etcdserver: authentication failed, invalid user ID or password";
+const NO_PASSWORD: &str = "auth: authentication failed, password was given for no password user";
+
+fn log_in(name: &str, password: &str) -> pb::AuthenticateRequest {
+    pb::AuthenticateRequest { name: name.into(), password: password.into() }
 }
 
 /// All files below `dir`.

@@ -12,6 +12,7 @@
 pub mod access;
 pub mod password;
 mod ranges;
+mod tree;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;

@@ -76,14 +76,14 @@ struct Told {
 }
 
 enum SigningKey {
-    Hmac(hmac::Key),
-    Rsa(Box<signature::RsaKeyPair>, &'static dyn signature::RsaEncoding),
-    Ecdsa(Box<signature::EcdsaKeyPair>),
-    Ed25519(Box<signature::Ed25519KeyPair>),
+    Hmac(Box<hmac::Key>),
+    Rsa(signature::RsaKeyPair, &'static dyn signature::RsaEncoding),
+    Ecdsa(signature::EcdsaKeyPair),
+    Ed25519(signature::Ed25519KeyPair),
 }
 
 enum VerifyingKey {
-    Hmac(hmac::Key),
+    Hmac(Box<hmac::Key>),
     Public(ParsedPublicKey),
 }
 
@@ -203,7 +203,7 @@ impl Jwt {
             Family::Hmac(algorithm) => {
                 let secret = private.filter(|secret| !secret.bytes.is_empty());
                 let secret = secret.ok_or_else(|| missing("priv-key"))?;
-                let key = hmac::Key::new(algorithm, &secret.bytes);
+                let key = Box::new(hmac::Key::new(algorithm, &secret.bytes));
                 (Some(SigningKey::Hmac(key.clone())), VerifyingKey::Hmac(key))
             }
             Family::Rsa(encoding, parameters) => {
@@ -213,7 +213,7 @@ impl Jwt {
                             .or_else(|_| signature::RsaKeyPair::from_der(der))
                     })?;
                     let own = pair.public_key().as_ref().to_vec();
-                    Ok((SigningKey::Rsa(Box::new(pair), encoding), own))
+                    Ok((SigningKey::Rsa(pair, encoding), own))
                 };
                 pair(private, public, parameters, read)?.ok_or_else(|| missing(EITHER))?
             }
@@ -222,7 +222,7 @@ impl Jwt {
                     let pair = file
                         .pem(|der| signature::EcdsaKeyPair::from_private_key_der(algorithm, der))?;
                     let own = pair.public_key().as_ref().to_vec();
-                    Ok((SigningKey::Ecdsa(Box::new(pair)), own))
+                    Ok((SigningKey::Ecdsa(pair), own))
                 };
                 pair(private, public, verification, read)?.ok_or_else(|| missing(EITHER))?
             }
@@ -230,7 +230,7 @@ impl Jwt {
                 let read = |file: &File<'_>| {
                     let pair = file.pem(signature::Ed25519KeyPair::from_pkcs8)?;
                     let own = pair.public_key().as_ref().to_vec();
-                    Ok((SigningKey::Ed25519(Box::new(pair)), own))
+                    Ok((SigningKey::Ed25519(pair), own))
                 };
                 pair(private, public, &signature::ED25519, read)?.ok_or_else(|| missing(EITHER))?
             }

@@ -106,10 +106,14 @@ const REMEMBERED_MAX: usize = 4096;
 /// clients that log in at another one.
 const WAITING_MAX: usize = 1024;
 
-#[derive(Clone)]
 enum Known {
     Simple(Arc<Stored>),
-    Jwt(Arc<Claims>),
+    Jwt(Claims),
+}
+
+struct Found {
+    bearer: Bearer,
+    known: Known,
 }
 
 type Map<V> = std::collections::HashMap<Box<str>, V, BuildHasherDefault<FxHasher>>;
@@ -118,7 +122,7 @@ type Map<V> = std::collections::HashMap<Box<str>, V, BuildHasherDefault<FxHasher
 struct Remembered {
     generation: u64,
     // Only tokens that were found valid come in, so nobody picks the keys.
-    tokens: Map<Known>,
+    tokens: Map<Found>,
 }
 
 thread_local! {
@@ -154,48 +158,58 @@ impl Tokens {
         // Read first: what is found after that may have been taken back in between, and must not be
         // remembered beyond.
         let generation = self.generation.load(Ordering::Acquire);
-        let known = REMEMBERED.with_borrow_mut(|remembered| {
+        let remembered = REMEMBERED.with_borrow_mut(|remembered| {
             if remembered.generation != generation {
                 remembered.generation = generation;
                 remembered.tokens.clear();
             }
-            remembered.tokens.get(token).cloned()
-        });
-        if let Some(known) = known {
-            let bearer = self.bearer(&known);
-            if bearer.is_none() {
-                REMEMBERED.with_borrow_mut(|remembered| remembered.tokens.remove(token));
-                self.forget_ended(token, &known);
+            let found = remembered.tokens.get(token)?;
+            if self.holds(&found.known) {
+                return Some(Ok(found.bearer.clone()));
             }
-            return bearer;
-        }
-        let known = match &self.provider {
-            Provider::None => return None,
-            Provider::Simple(simple) => Known::Simple(simple.get(token)?),
-            Provider::Jwt(jwt) => Known::Jwt(Arc::new(jwt.verify(token)?)),
+            remembered.tokens.remove(token).map(|ended| Err(ended.known))
+        });
+        let known = match remembered {
+            Some(Ok(bearer)) => return Some(bearer),
+            Some(Err(ended)) => {
+                self.forget_ended(token, &ended);
+                return None;
+            }
+            None => match &self.provider {
+                Provider::None => return None,
+                Provider::Simple(simple) => Known::Simple(simple.get(token)?),
+                Provider::Jwt(jwt) => Known::Jwt(jwt.verify(token)?),
+            },
         };
-        let Some(bearer) = self.bearer(&known) else {
+        if !self.holds(&known) {
             self.forget_ended(token, &known);
             return None;
+        }
+        // A name of this thread's own: threads that hand out the same one would wait for each other to
+        // count it.
+        let bearer = match &known {
+            Known::Simple(stored) => Bearer { user: Arc::from(&*stored.user), revision: None },
+            Known::Jwt(claims) => {
+                Bearer { user: claims.user.clone(), revision: Some(claims.revision) }
+            }
         };
         REMEMBERED.with_borrow_mut(|remembered| {
             if remembered.tokens.len() >= REMEMBERED_MAX {
                 remembered.tokens.clear();
             }
-            remembered.tokens.insert(token.into(), known);
+            remembered.tokens.insert(token.into(), Found { bearer: bearer.clone(), known });
         });
         Some(bearer)
     }
 
-    fn bearer(&self, known: &Known) -> Option<Bearer> {
+    /// Whether a token is good at this time; that one is shown gives it a new life.
+    fn holds(&self, known: &Known) -> bool {
         match (known, &self.provider) {
-            (Known::Simple(stored), Provider::Simple(simple)) => simple
-                .renew(stored, self.clock.uptime())
-                .then(|| Bearer { user: stored.user.clone(), revision: None }),
-            (Known::Jwt(claims), Provider::Jwt(_)) => claims
-                .hold(self.clock.unix_s())
-                .then(|| Bearer { user: claims.user.clone(), revision: Some(claims.revision) }),
-            _ => None,
+            (Known::Simple(stored), Provider::Simple(simple)) => {
+                simple.renew(stored, self.clock.uptime())
+            }
+            (Known::Jwt(claims), _) => claims.hold(self.clock.unix_s()),
+            (Known::Simple(_), _) => false,
         }
     }
 

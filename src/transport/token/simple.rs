@@ -19,7 +19,7 @@ const SHARDS: usize = 16;
 
 /// A token's user and end.
 pub(super) struct Stored {
-    pub user: Arc<str>,
+    pub user: Box<str>,
     /// Milliseconds of uptime.
     ends: AtomicU64,
 }
