@@ -22,7 +22,11 @@ def etcdctl(*arguments):
 
 
 def client(user=None, password=None):
-    return etcd3.client(host="127.0.0.1", port=PORT, user=user, password=password, timeout=10)
+    made = etcd3.client(host="127.0.0.1", port=PORT, user=user, password=password, timeout=10)
+    # It sends the token twice. As a call credential, grpcio no longer lets it out in cleartext.
+    made.call_credentials = None
+    made.watcher._credentials = None
+    return made
 
 
 @pytest.fixture
@@ -67,7 +71,7 @@ def test_root_and_a_user(secured):
     refused(*denied, lambda: reader.get("secret"))
     refused(*denied, lambda: reader.get("w"))
     refused(*denied, lambda: reader.put("r/1", "x"))
-    refused(*denied, lambda: list(reader.get_prefix("")))
+    refused(*denied, lambda: list(reader.get_prefix("r")))
     refused(*denied, lambda: reader.delete("secret"))
     refused(
         *denied,
@@ -99,7 +103,6 @@ def test_a_watch(secured):
     event = seen.get(timeout=30)
     assert [(e.key, e.value) for e in event.events] == [(b"r/1", b"one")]
     reader.cancel_watch(watch)
-    reader.close()
 
 
 def test_who_is_not_let_in(secured):

@@ -55,7 +55,7 @@ fn etcd3_of_python_finds_what_it_finds_with_etcd() {
         library: "etcd3",
         requirements: include_str!("requirements-etcd3.txt"),
         arguments: &["tests/test_etcd3.py"],
-        own: &["auth_of_etcd3.py"],
+        own: &[("test_auth.py", include_str!("auth_of_etcd3.py"))],
     };
     let expected = Verdict {
         passes_min: 83,
