@@ -24,6 +24,8 @@ pub struct Suite {
     pub requirements: &'static str,
     /// pytest's, in the library's source directory.
     pub arguments: &'static [&'static str],
+    /// Names and texts of tests of our own that run among them: of what the library's leave out.
+    pub own: &'static [(&'static str, &'static str)],
 }
 
 /// A suite that can run.
@@ -77,6 +79,9 @@ impl Suite {
             Ok(())
         });
         let sources = dir.join(release.replace("==", "-"));
+        for (name, text) in self.own {
+            fs::write(sources.join("tests").join(name), text).unwrap();
+        }
         Ready { suite: self, python: dir.join("venv/bin/python"), sources }
     }
 }
@@ -100,6 +105,7 @@ impl Ready {
         pytest
             .args(["-m", "pytest"])
             .args(self.suite.arguments)
+            .args(self.suite.own.iter().map(|(name, _)| format!("tests/{name}")))
             // The library's own options ask for plugins that measure its coverage.
             .args(["-o", "addopts=", "-p", "no:cacheprovider", "-p", "suite_under_test"])
             .arg(format!("--junitxml={}", report.display()))

@@ -293,6 +293,57 @@ const cases = {
     await role.delete();
     await assert.rejects(client.user('reader').delete(), EtcdUserNotFoundError);
   },
+
+  async authentication(kv, client) {
+    // A connection that logs in, with keys in the namespace of this case.
+    const opened = [];
+    const as = (username, password) => {
+      const other = new Etcd3({ hosts, auth: { username, password } });
+      opened.push(other);
+      return other;
+    };
+    const keys = (other) => other.namespace('authentication/');
+    const rootRole = await client.role('root').create();
+    const root = await client.user('root').create('root-secret');
+    await root.addRole(rootRole);
+    const role = await client.role('reader').create();
+    const range = new Range(Buffer.from('authentication/a'), Buffer.from('authentication/b'));
+    await role.grant({ permission: 'Read', range });
+    const user = await client.user('reader').create('reader-secret');
+    await user.addRole(role);
+    await client.auth.authEnable();
+    try {
+      const admin = as('root', 'root-secret');
+      await keys(admin).put('a').value('one');
+      await keys(admin).put('secret').value('two');
+      const reader = keys(as('reader', 'reader-secret'));
+      assert.equal(await reader.get('a').string(), 'one');
+      await assert.rejects(reader.get('secret').string(), /permission denied/);
+      await assert.rejects(reader.put('a').value('x').exec(), /permission denied/);
+      await assert.rejects(reader.getAll().keys(), /permission denied/);
+      const watcher = await reader.watch().key('a').create();
+      const events = collect(watcher);
+      await keys(admin).put('a').value('three');
+      assert.deepEqual(await events(1), ['put three was null']);
+      await watcher.cancel();
+      await assert.rejects(kv.get('a').string(), /user name is empty/);
+      await assert.rejects(keys(as('reader', 'wrong')).get('a').string(), /authentication failed/);
+      await assert.rejects(keys(as('nobody', 'x')).get('a').string(), /authentication failed/);
+      // The library logs in anew when its token is no good any more.
+      await admin.user('reader').setPassword('reader-secret');
+      assert.equal(await reader.get('a').string(), 'three');
+      const lock = await keys(admin).lock('lock').ttl(30).acquire();
+      await lock.release();
+    } finally {
+      await as('root', 'root-secret').auth.authDisable();
+      opened.forEach((other) => other.close());
+    }
+    await user.delete();
+    await role.delete();
+    await root.delete();
+    await rootRole.delete();
+    assert.equal(await kv.get('a').string(), 'three');
+  },
 };
 
 // A function that answers so many events of `watcher`, once they are there; there may be no more.
