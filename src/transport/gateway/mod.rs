@@ -12,7 +12,6 @@ mod reply;
 mod routes;
 pub mod websocket;
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::Router;
