@@ -42,7 +42,7 @@ struct Clients {
 
 impl Clients {
     fn of(member: &Member) -> Clients {
-        let channel = member.channel();
+        let channel = member.api().channel;
         Clients {
             lock: LockClient::new(channel.clone()),
             election: ElectionClient::new(channel),
