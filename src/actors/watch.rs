@@ -361,7 +361,7 @@ mod tests {
             ..Default::default()
         };
         let request = WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
-        assert_eq!(hub.send(Ask { stream, request }).await, Ok(true));
+        assert_eq!(hub.send(Ask { stream, request, permission: Ok(()) }).await, Ok(true));
         assert!(keys(&mut responses).await.is_empty(), "created");
         responses
     }
