@@ -61,8 +61,11 @@ gates! {
     pb::RangeRequest => |_| Gate::Read;
     pb::PutRequest => |_| Gate::Log;
     pb::DeleteRangeRequest => |_| Gate::Log;
-    // One that only reads asks once more where it reads.
-    pb::TxnRequest => |_| Gate::Log;
+    // One that only reads asks once more where it reads; one without anything in it needs nobody.
+    pb::TxnRequest => |this| {
+        let empty = this.compare.is_empty() && this.success.is_empty() && this.failure.is_empty();
+        if empty { Gate::Token } else { Gate::Log }
+    };
     pb::CompactionRequest => |_| Gate::Here(Asked::Compact);
     pb::WatchCreateRequest => |this| Gate::Here(Asked::WatchCreate(this));
     pb::LeaseGrantRequest => |_| Gate::Here(Asked::LeaseGrant);
@@ -123,6 +126,19 @@ pub fn check(now: &Published, who: &Who, need: &Need<'_>) -> Result<(), AuthErro
         return Ok(());
     }
     now.auth.check(&who.at(&now.auth), need, &now.leases)
+}
+
+/// As [`check`], for what is read here and now: a token of a revision that this member has not come to
+/// does not speak of the users that it knows.
+///
+/// # Errors
+/// Any of [`AuthError`] that a check answers.
+pub fn check_read(now: &Published, who: &Who, need: &Need<'_>) -> Result<(), AuthError> {
+    check(now, who, need)?;
+    match who.at(&now.auth).revision > now.auth.revision() {
+        true => Err(AuthError::OldRevision),
+        false => Ok(()),
+    }
 }
 
 impl Member {

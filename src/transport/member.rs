@@ -444,7 +444,7 @@ impl Member {
         let result = self.read_own(|now, values| {
             // Once more means another state.
             refused = match now.auth.enabled() {
-                true => access::check(now, who, &need(asked)).err(),
+                true => access::check_read(now, who, &need(asked)).err(),
                 false => None,
             };
             if refused.is_some() { Ok(None) } else { read(now, values).map(Some) }

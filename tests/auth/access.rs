@@ -126,11 +126,6 @@ impl Older {
 /// A name that ends in `*` stands for all that begin like it.
 const OLDER: &[(&str, Older, &str)] = &[
     ("range stream*", Older::Unknown(NO_RANGE_STREAM), "the call is of 3.7"),
-    (
-        "empty txn",
-        Older::Needs(Need::Nothing),
-        "etcd asks for what the operations need; here nobody is told a revision without a credential",
-    ),
     ("compaction", Older::Needs(Need::Nothing), "unchecked until 3.4.42"),
     ("txn within a txn: *", Older::Needs(Need::Nothing), "not looked into until 3.4.42"),
     (
@@ -341,7 +336,7 @@ fn keys() -> Vec<Row> {
             Root,
             Call::DeleteRange(prev_delete("write/gone")),
         ),
-        row("empty txn", Need::User, Call::Txn(pb::TxnRequest::default())),
+        row("empty txn", Need::Nothing, Call::Txn(pb::TxnRequest::default())),
         row("txn that compares", Grant, of(compare("read/1", ""))),
         row("txn that compares a range", Grant, of(compare("read/", "read0"))),
         row("txn that compares what may be written only", Root, of(compare("write/1", ""))),

@@ -94,6 +94,7 @@ fn etcd3gw_of_python_finds_what_it_finds_with_etcd() {
         library: "etcd3gw",
         requirements: include_str!("requirements-etcd3gw.txt"),
         arguments: &["etcd3gw/tests/test_etcd3gw.py"],
+        own: &[],
     };
     let expected = Verdict { passes_min: 22, unfit: &[], later: &[] };
     let suite = suite.prepare();

@@ -63,7 +63,6 @@ async fn tokens_open_in_etcd_what_is_asked_of_us() {
 }
 
 #[tokio::test]
-#[ignore = "authentication cannot be switched on yet"]
 async fn tokens_open_what_their_user_may_and_may_come_with_their_kind() {
     tokens_open_what_their_user_may(Kind::Redb).await;
     // What the installed etcd does not know yet: the kind of the token before it, and the header that a
