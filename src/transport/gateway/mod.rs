@@ -3,8 +3,8 @@
 //! A request is read into the message that a gRPC client would have sent, handed to the same service in
 //! this process, and the reply written as JSON into one buffer. There is no second connection and no
 //! second copy of the services' gates, limits and accounting. The bytes of a client pass through
-//! [`body::Values`], which bounds them; what its headers say reaches the services through
-//! [`metadata`].
+//! `body.rs`, which bounds them; what its headers say reaches the services through
+//! `metadata.rs`.
 
 mod body;
 mod metadata;
