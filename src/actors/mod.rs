@@ -15,7 +15,7 @@
 //! applier ── TakeSnapshot ──► snapshot ── SaveSnapshot, Release ──► wal
 //! transport ── ChangeConf, TransferLeader, AwaitApplied ──► raft      daemon ── Abandon ──► raft ──► applier
 //! applier ── LeasesReplaced ──► lease      applier ── StoreReplaced ──► compactor
-//! applier ── Installed ──► snapshot
+//! applier ── Installed ──► snapshot      applier ── TokenSink (a call, not a message) ──► transport/token
 //! transport/peer ── Flush (by way of export) ──► applier
 //! transport ── Renewals, Remaining ──► lease      transport ── Open, Ask, Delivered ──► watch
 //! applier ══ logins, what ends them ══► transport/token (a call: it is known before anyone is answered)
