@@ -13,19 +13,25 @@ use crate::rig::secure::{Connector, Secure};
 
 /// What a call of etcdctl came to.
 #[derive(Clone, PartialEq, Eq, Debug)]
-struct Said {
-    code: i32,
-    out: String,
+pub struct Said {
+    pub code: i32,
+    pub out: String,
     /// The last line, which says what went wrong; what comes before are log lines.
-    error: String,
+    pub error: String,
 }
 
-fn etcdctl(endpoint: &str, credentials: &[String], words: &[&str]) -> Said {
+/// etcdctl with nothing of this process's surroundings, which could name another server or user.
+pub fn command(endpoint: &str, credentials: &[String], words: &[&str]) -> Command {
     let mut command = Command::new("etcdctl");
     command.env_clear().env("PATH", std::env::var_os("PATH").unwrap_or_default());
     command.env("ETCDCTL_API", "3");
     command.args(["--endpoints", endpoint, "--command-timeout=2s", "--dial-timeout=2s"]);
-    let output = command.args(credentials).args(words).stdin(Stdio::null()).output().unwrap();
+    command.args(credentials).args(words).stdin(Stdio::null());
+    command
+}
+
+pub fn etcdctl(endpoint: &str, credentials: &[String], words: &[&str]) -> Said {
+    let output = command(endpoint, credentials, words).output().unwrap();
     let text = |bytes: &[u8]| String::from_utf8(bytes.to_vec()).unwrap();
     let (out, err) = (text(&output.stdout), text(&output.stderr));
     let code = output.status.code().unwrap();
@@ -38,7 +44,7 @@ fn words(words: &[&str]) -> Vec<String> {
 }
 
 /// A member of its own, with TLS on the client port as `args` say.
-async fn serve(program: Program, args: &[String], connector: Connector) -> Cluster {
+pub async fn serve(program: Program, args: &[String], connector: Connector) -> Cluster {
     let secure = Secure { client: Some(connector), peers: false };
     let options = Options { args: args.to_vec(), secure: Some(secure), ..Options::brisk() };
     Cluster::start(program, 1, options).await
@@ -51,7 +57,7 @@ struct Case {
     served: bool,
 }
 
-fn shows(ca: &Path, files: &Files) -> Vec<String> {
+pub fn shows(ca: &Path, files: &Files) -> Vec<String> {
     vec![flag("cacert", ca), flag("cert", &files.cert), flag("key", &files.key)]
 }
 

@@ -8,6 +8,9 @@ mod curl;
 mod deck;
 mod dialer;
 mod etcdctl;
+#[path = "../auth/rig.rs"]
+#[allow(dead_code)]
+mod login;
 #[path = "../pki/mod.rs"]
 mod pki;
 #[path = "../linearizability/record.rs"]
@@ -15,3 +18,7 @@ mod record;
 #[path = "../cluster/rig/mod.rs"]
 mod rig;
 mod rotation;
+#[path = "../wire/server.rs"]
+#[allow(dead_code)]
+mod server;
+mod users;

@@ -163,7 +163,7 @@ async fn probe(port: u16, config: &Arc<ClientConfig>) -> io::Result<CertificateD
 }
 
 /// Waits until every port of every member is seen by `config` as `wanted` says.
-async fn all_ports(
+pub async fn all_ports(
     cluster: &Cluster,
     what: &str,
     config: &Arc<ClientConfig>,
@@ -200,7 +200,7 @@ async fn reconnect_all(cluster: &mut Cluster, load: &Load) {
     }
 }
 
-fn der(issued: &Issued) -> CertificateDer<'static> {
+pub fn der(issued: &Issued) -> CertificateDer<'static> {
     use rustls::pki_types::pem::PemObject;
     CertificateDer::from_pem_slice(issued.chain.as_bytes()).unwrap()
 }
