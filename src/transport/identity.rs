@@ -15,7 +15,7 @@ use crate::core::auth::access::Caller;
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct ClientCert {
     /// The subject's Common Name, the user that the client is if it shows no token; `None` if the
-    /// subject has none or an empty one.
+    /// subject has none or an empty one. That names a user as well, who has no name and never is one.
     pub common_name: Option<String>,
 }
 
@@ -28,7 +28,7 @@ const FROM_GATEWAY: &str = "grpcgateway-accept";
 pub struct Credentials<T> {
     /// Shown, if not always good.
     token: Option<T>,
-    /// Of a certificate.
+    /// Of a certificate; empty if there is none in it.
     name: Option<T>,
 }
 
@@ -42,8 +42,10 @@ impl<'a> Credentials<&'a str> {
             text.strip_prefix("Bearer ").unwrap_or(text)
         });
         let cert = extensions.get::<ClientCert>().filter(|_| !metadata.contains_key(FROM_GATEWAY));
-        let name = cert.and_then(|cert| cert.common_name.as_deref());
-        Credentials { token, name: name.filter(|name| !name.is_empty()) }
+        // One without a name is still shown: in etcd, who may not do something is told so, and not that
+        // nobody asks.
+        let name = cert.map(|cert| cert.common_name.as_deref().unwrap_or_default());
+        Credentials { token, name }
     }
 
     /// A token that another member hands on, if it does.

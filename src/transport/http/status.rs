@@ -10,6 +10,7 @@ use std::future::Future;
 use std::io::Write as _;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
@@ -23,6 +24,7 @@ use http::header::{
     X_CONTENT_TYPE_OPTIONS,
 };
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
+use http_body_util::BodyExt;
 use quorate_proto::etcdserverpb::AlarmType;
 
 use crate::core::types::MemberId;
@@ -419,12 +421,14 @@ async fn pass(State(rules): State<Arc<ClientRules>>, mut request: Request, next:
     let host = host_of(&request);
     if !rules.host_allowed(&request, &host) {
         tracing::warn!(host, "rejecting HTTP request from host that is not on the whitelist");
+        hear_out(request.into_body()).await;
         return text_error(StatusCode::MISDIRECTED_REQUEST, &misdirected(&host));
     }
     if request.uri().path().starts_with("/v3/")
         && request.extensions().get::<ClientCert>().is_some_and(|c| c.common_name.is_some())
         && rules.member.auth_enabled()
     {
+        hear_out(request.into_body()).await;
         return text_error(
             StatusCode::BAD_REQUEST,
             "CommonName of client sending a request against gateway will be ignored and not used as expected",
@@ -449,6 +453,26 @@ async fn pass(State(rules): State<Arc<ClientRules>>, mut request: Request, next:
         );
     }
     response
+}
+
+/// The most of a request that is read although it is refused, and how long that may take.
+const REFUSED_BODY_MAX: usize = 64 * 1024;
+const REFUSED_BODY_WAIT: Duration = Duration::from_secs(1);
+
+/// Reads what a request that is refused for its head has behind it. An HTTP/2 stream that is answered
+/// before it was read is reset, and a client that is still about to send reports that, not the answer.
+async fn hear_out(mut body: Body) {
+    let read = async {
+        let mut left = REFUSED_BODY_MAX;
+        while let Some(Ok(frame)) = body.frame().await {
+            match left.checked_sub(frame.data_ref().map_or(0, |data| data.len())) {
+                Some(less) => left = less,
+                None => return,
+            }
+        }
+    };
+    // Whoever sends without an end is answered all the same.
+    tokio::time::timeout(REFUSED_BODY_WAIT, read).await.ok();
 }
 
 /// The same address with a path below `/v3/`, if it was below `/v3beta/`.
@@ -929,6 +953,62 @@ mod tests {
             if status == 400 {
                 assert!(answer.text().starts_with("CommonName of client sending a request"));
             }
+        }
+    }
+
+    /// Requests that are refused for their heads.
+    fn refused_for_their_heads(body: impl Fn() -> Body) -> [(Request, u16); 2] {
+        let named = ClientCert { common_name: Some("root".to_owned()) };
+        let turned_away = Request::post("/v3/kv/range").extension(OverTls).extension(named);
+        let misdirected = Request::post("/v3/kv/range").header("host", "evil.example");
+        [(turned_away.body(body()).unwrap(), 400), (misdirected.body(body()).unwrap(), 421)]
+    }
+
+    #[tokio::test]
+    async fn who_is_refused_for_the_head_of_a_request_may_finish_it() {
+        let senders = std::cell::RefCell::new(Vec::new());
+        let body = || {
+            let (sender, pieces) = tokio::sync::mpsc::unbounded_channel::<&str>();
+            senders.borrow_mut().push(sender);
+            Body::from_stream(tokio_stream::StreamExt::map(
+                tokio_stream::wrappers::UnboundedReceiverStream::new(pieces),
+                Ok::<_, std::io::Error>,
+            ))
+        };
+        for (request, status) in refused_for_their_heads(body) {
+            let sender = senders.borrow_mut().remove(0);
+            let mut router = guarded(&["a.example"], &[], true);
+            let mut answer = std::pin::pin!(router.call(request));
+            sender.send("{").unwrap();
+            let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+            assert!(answer.as_mut().poll(&mut context).is_pending(), "{status}");
+            sender.send("}").unwrap();
+            drop(sender);
+            assert_eq!(answer.await.unwrap().status().as_u16(), status);
+        }
+    }
+
+    #[tokio::test]
+    async fn who_is_refused_for_the_head_of_a_request_need_not_finish_it() {
+        use futures_util::stream::{self, StreamExt};
+        use std::sync::atomic::{AtomicUsize, Ordering};
+        let read = Arc::new(AtomicUsize::new(0));
+        let endless = || {
+            let read = read.clone();
+            Body::from_stream(stream::repeat([0; 1024].to_vec()).map(move |piece| {
+                read.fetch_add(piece.len(), Ordering::Relaxed);
+                Ok::<_, std::io::Error>(piece)
+            }))
+        };
+        for (request, status) in refused_for_their_heads(endless) {
+            let answer = guarded(&["a.example"], &[], true).call(request).await.unwrap();
+            assert_eq!(answer.status().as_u16(), status);
+            assert_eq!(read.swap(0, Ordering::Relaxed), REFUSED_BODY_MAX + 1024);
+        }
+        let silent = || Body::from_stream(stream::pending::<Result<Vec<u8>, std::io::Error>>());
+        for (request, status) in refused_for_their_heads(silent) {
+            let answer = guarded(&["a.example"], &[], true).call(request).await.unwrap();
+            assert_eq!(answer.status().as_u16(), status);
         }
     }
 }
