@@ -376,7 +376,11 @@ mod tests {
                 pb::RangeRequest::default() => ["in", "in", "in", BAD];
                 pb::PutRequest::default() => logged;
                 pb::DeleteRangeRequest::default() => logged;
-                pb::TxnRequest::default() => logged;
+                pb::TxnRequest::default() => ["in", "in", "in", BAD];
+                pb::TxnRequest {
+                    compare: vec![pb::Compare::default()],
+                    ..Default::default()
+                } => logged;
                 pb::AuthEnableRequest::default() => logged;
                 pb::AuthDisableRequest::default() => logged;
                 pb::AuthUserAddRequest::default() => logged;

@@ -127,14 +127,14 @@ fn metrics_tell_when_certificates_end_and_when_they_are_replaced() {
     run(async {
         let cluster = Cluster::start(Program::Quorate, 3, deck.options().with(&CHEAP)).await;
         enable(api(cluster.members[0].client_port, deck.connector())).await;
-        let page = |node: usize| {
+        let page_of = |node: usize| {
             let port = cluster.members[node].client_port;
             let (status, page) = fetch(&deck, &shown, port, "/metrics");
             assert_eq!(status, 200, "{page}");
             page
         };
         for node in 0..3 {
-            let page = page(node);
+            let page = page_of(node);
             for name in &names {
                 assert_eq!(series(&page, name), Some(since_1970_s(first.until)), "{name}");
             }
@@ -143,16 +143,31 @@ fn metrics_tell_when_certificates_end_and_when_they_are_replaced() {
         for hours in [9, 3] {
             let next = member(hours);
             deck.signer.issue(&next).write(deck.path(), "member");
+            // What is shown to other members is looked at when one of them is dialled.
+            cluster.net.part(&[0], &[1, 2]);
+            wait_for("member 0 to be cut off", || async {
+                match series(&page_of(0), "etcd_server_has_leader") {
+                    Some(0.0) => Ok(()),
+                    told => Err(format!("{told:?}")),
+                }
+            })
+            .await;
+            cluster.net.heal();
             for node in 0..3 {
+                let peer_port = cluster.members[node].peer_port;
                 wait_for("the new certificate's end", || async {
-                    let page = page(node);
-                    let told = series(&page, &names[0]);
-                    match told == Some(since_1970_s(next.until)) {
+                    let (status, page) = fetch(&deck, &deck.member, peer_port, "/version");
+                    assert_eq!(status, 200, "{page}");
+                    let page = page_of(node);
+                    let told: Vec<_> = names.iter().map(|name| series(&page, name)).collect();
+                    match told == [Some(since_1970_s(next.until)); 3] {
                         true => Ok(()),
-                        false => Err(format!("{}: {told:?}", names[0])),
+                        false => Err(format!("member {node}: {told:?}")),
                     }
                 })
                 .await;
+                let counted = series(&page_of(node), &reloads("client")).unwrap_or_default();
+                assert!(counted > 0.0, "member {node}");
             }
         }
     });
