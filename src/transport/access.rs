@@ -11,6 +11,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use quorate_proto::etcdserverpb as pb;
 use quorate_proto::{health, v3electionpb, v3lockpb};
 use tonic::Status;
@@ -139,6 +140,21 @@ pub fn check_read(now: &Published, who: &Who, need: &Need<'_>) -> Result<(), Aut
         true => Err(AuthError::OldRevision),
         false => Ok(()),
     }
+}
+
+/// Whether `who` may read all of `keys`, which another member says are attached to a lease. Role root need
+/// not be asked for them, under whatever revision its token is.
+///
+/// # Errors
+/// Any of [`AuthError`] that a check answers.
+pub fn check_attached(now: &Published, who: &Who, keys: &[Bytes]) -> Result<(), AuthError> {
+    if check(now, who, &Need::Root).is_ok() {
+        return Ok(());
+    }
+    keys.iter().try_for_each(|key| {
+        let range = pb::RangeRequest { key: key.clone(), ..Default::default() };
+        check(now, who, &need(Asked::Range(&range)))
+    })
 }
 
 impl Member {
@@ -502,6 +518,9 @@ mod tests {
             };
             assert_eq!(read("a").unwrap(), member.now().auth.revision());
             assert_eq!(text(read("secret")), status::permission_denied().message());
+            let told = |keys: &[Bytes]| check_attached(&member.now(), &who, keys);
+            assert_eq!(told(&["a".into()]), Ok(()));
+            assert_eq!(told(&["a".into(), "secret".into()]), Err(AuthError::PermissionDenied));
             // The role is taken away after the caller was let in.
             let mut auth = AuthStore::clone(&member.now().auth);
             auth.user_revoke_role("alice", "r", &mut Batch::default()).unwrap();
@@ -544,6 +563,10 @@ mod tests {
                 // Role root is enough under any revision.
                 let compaction = pb::CompactionRequest::default();
                 assert_eq!(as_user(&member, &token, &compaction).await, role);
+                let shown = shows(&[("token", &token)]);
+                let who = member.who(Credentials::of(&shown, &Extensions::default())).await;
+                let told = check_attached(&member.now(), &who.unwrap(), &["secret".into()]);
+                assert_eq!(told, Ok(()), "{revision}");
             }
         });
     }

@@ -147,6 +147,12 @@ impl Account {
         self.remote
     }
 
+    /// Bytes that the connection holds.
+    #[cfg(test)]
+    pub fn held(&self) -> usize {
+        self.bytes.get()
+    }
+
     /// Whether the connection holds more than it may while all together hold too much.
     pub fn is_above_share(&self) -> bool {
         self.bytes.get() > self.share

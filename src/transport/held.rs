@@ -76,24 +76,37 @@ impl Messages {
     }
 }
 
-/// The body of a gRPC request.
-pub struct Request {
-    inner: Incoming,
+/// What has come of a message that is not whole, on its connection's account.
+pub struct Unfinished {
     account: Arc<Account>,
-    messages: Messages,
-    /// For the message that is not whole.
+    /// `None` between two messages.
     charge: Option<Charge>,
     /// While there is no room for more.
     waiting: Option<Pin<Box<Sleep>>>,
 }
 
-impl Request {
-    pub fn new(inner: Incoming, account: Arc<Account>) -> Self {
-        Request { inner, account, messages: Messages::default(), charge: None, waiting: None }
+impl Unfinished {
+    pub fn new(account: Arc<Account>) -> Self {
+        Unfinished { account, charge: None, waiting: None }
     }
 
-    /// Waits while all hold too much and this connection more than its share.
-    fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    /// Notes how many bytes of a message have come; `None` between two messages.
+    pub fn set(&mut self, come: Option<usize>) {
+        match come {
+            None => self.charge = None,
+            Some(come) => {
+                let account = &self.account;
+                self.charge.get_or_insert_with(|| account.hold(0)).set(CALL_BYTES + come);
+            }
+        }
+    }
+
+    /// To be asked before more of a message is read: waits while all hold too much and this connection
+    /// more than its share.
+    pub fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.charge.is_none() {
+            return Poll::Ready(());
+        }
         let budget = self.account.budget();
         while budget.is_crowded() && self.account.is_above_share() {
             budget.relieve();
@@ -106,6 +119,19 @@ impl Request {
     }
 }
 
+/// The body of a gRPC request.
+pub struct Request {
+    inner: Incoming,
+    messages: Messages,
+    unfinished: Unfinished,
+}
+
+impl Request {
+    pub fn new(inner: Incoming, account: Arc<Account>) -> Self {
+        Request { inner, messages: Messages::default(), unfinished: Unfinished::new(account) }
+    }
+}
+
 impl Body for Request {
     type Data = Bytes;
     type Error = hyper::Error;
@@ -115,19 +141,11 @@ impl Body for Request {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let this = &mut *self;
-        if this.charge.is_some() {
-            std::task::ready!(this.poll_room(cx));
-        }
+        std::task::ready!(this.unfinished.poll_room(cx));
         let frame = std::task::ready!(Pin::new(&mut this.inner).poll_frame(cx));
         if let Some(data) = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref()) {
             this.messages.feed(data);
-            match this.messages.unfinished() {
-                None => this.charge = None,
-                Some(come) => {
-                    let account = &this.account;
-                    this.charge.get_or_insert_with(|| account.hold(0)).set(CALL_BYTES + come);
-                }
-            }
+            this.unfinished.set(this.messages.unfinished());
         }
         Poll::Ready(frame)
     }

@@ -440,12 +440,15 @@ impl HyperService<Request<Incoming>> for Connection {
                 if self.tls {
                     request.extensions_mut().insert(OverTls);
                 }
+                let headers = held::header_bytes(request.headers());
+                let headers = headers.map(|bytes| account.hold(bytes));
                 let mut router = router.clone();
                 Box::pin(async move {
                     let response = match router.call(request).await {
                         Ok(response) => response,
                         Err(never) => match never {},
                     };
+                    drop(headers);
                     let response = held::Response::of(response, account, Some(call));
                     Ok(response.map(Either::Right))
                 })

@@ -3,6 +3,7 @@
 use std::future::poll_fn;
 use std::marker::PhantomData;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use axum::body::Body;
@@ -16,6 +17,8 @@ use tonic::codec::{DecodeBuf, Decoder};
 use tonic::{Status, Streaming};
 
 use super::too_large;
+use crate::transport::budget::Account;
+use crate::transport::held::Unfinished;
 use crate::transport::status;
 
 /// Bytes of JSON that a byte of a message may take: base64 makes four of three, and a value is most of
@@ -32,6 +35,8 @@ pub struct Values {
     part: Bytes,
     /// What has come of a value before that part.
     begun: BytesMut,
+    /// Holds that on the connection's account.
+    unfinished: Option<Unfinished>,
     scanner: Scanner,
     bytes_max: usize,
     ended: bool,
@@ -70,11 +75,12 @@ impl Gone {
 
 impl Values {
     /// `receive_max` is the greatest message, in bytes of its gRPC form.
-    pub fn new(body: Body, receive_max: usize) -> Self {
+    pub fn new(body: Body, receive_max: usize, account: Option<Arc<Account>>) -> Self {
         Values {
             body,
             part: Bytes::new(),
             begun: BytesMut::new(),
+            unfinished: account.map(Unfinished::new),
             scanner: Scanner::default(),
             bytes_max: receive_max.saturating_mul(BYTES_PER_BYTE),
             ended: false,
@@ -111,6 +117,7 @@ impl Values {
     }
 
     async fn read_out(mut self) {
+        self.take_begun();
         let mut left = DISCARDED_MAX;
         while left > 0 {
             match self.body.frame().await {
@@ -151,6 +158,9 @@ impl Values {
     /// in it.
     fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Status>> {
         if self.part.is_empty() {
+            if let Some(unfinished) = &mut self.unfinished {
+                ready!(unfinished.poll_room(cx));
+            }
             match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
                 Some(Ok(frame)) => self.part = frame.into_data().unwrap_or_default(),
                 Some(Err(error)) => {
@@ -171,6 +181,9 @@ impl Values {
             // White space before a value is none of it.
             if !self.scanner.is_fresh() {
                 self.begun.extend_from_slice(&taken);
+                if let Some(unfinished) = &mut self.unfinished {
+                    unfinished.set(Some(self.begun.len()));
+                }
             }
             return Poll::Ready(Ok(None));
         }
@@ -179,7 +192,7 @@ impl Values {
             return Poll::Ready(Ok(Some(taken)));
         }
         self.begun.extend_from_slice(&taken);
-        Poll::Ready(Ok(Some(self.begun.split().freeze())))
+        Poll::Ready(Ok(Some(self.take_begun())))
     }
 
     fn finish(&mut self) -> Result<Option<Bytes>, Status> {
@@ -188,7 +201,15 @@ impl Values {
             return Ok(None);
         }
         self.scanner.finish().map_err(refused)?;
-        Ok(Some(self.begun.split().freeze()))
+        Ok(Some(self.take_begun()))
+    }
+
+    /// What has come of a value, which is no longer waited for.
+    fn take_begun(&mut self) -> Bytes {
+        if let Some(unfinished) = &mut self.unfinished {
+            unfinished.set(None);
+        }
+        std::mem::take(&mut self.begun).freeze()
     }
 }
 
@@ -267,12 +288,16 @@ impl<T: Message + Default> Decoder for Unframed<T> {
 #[cfg(test)]
 mod tests {
     use std::convert::Infallible;
+    use std::task::Waker;
 
     use futures_util::stream;
     use quorate_proto::etcdserverpb as pb;
+    use tokio::sync::mpsc;
     use tonic::Code;
 
     use super::*;
+    use crate::metrics::Metrics;
+    use crate::transport::budget::Budget;
 
     fn body(parts: &[&str]) -> Body {
         let parts: Vec<_> = parts.iter().map(|part| part.to_string()).collect();
@@ -280,7 +305,7 @@ mod tests {
     }
 
     async fn ids(parts: &[&str], receive_max: usize) -> (Vec<i64>, Option<Status>) {
-        let mut values = Values::new(body(parts), receive_max);
+        let mut values = Values::new(body(parts), receive_max, None);
         let mut found = Vec::new();
         loop {
             match values.next::<pb::LeaseKeepAliveRequest>().await {
@@ -308,6 +333,26 @@ mod tests {
         }
         assert_eq!(ids(&[], 64).await.0, [0; 0]);
         assert_eq!(ids(&[" ", "\n"], 64).await.0, [0; 0]);
+    }
+
+    #[tokio::test]
+    async fn what_is_not_whole_is_on_the_account() {
+        let budget = Budget::new(1 << 30, 10, &Metrics::new());
+        let account = budget.open(None, 1 << 20);
+        let (sender, texts) = mpsc::channel(1);
+        let texts = stream::unfold(texts, |mut texts: mpsc::Receiver<String>| async move {
+            texts.recv().await.map(|text| (Ok::<_, Infallible>(text), texts))
+        });
+        let mut values = Values::new(Body::from_stream(texts), 1 << 20, Some(account.clone()));
+        let mut next = Box::pin(values.next::<pb::LeaseKeepAliveRequest>());
+        let begin = format!(r#"{{"x":"{}"#, "y".repeat(100_000));
+        sender.send(begin).await.unwrap();
+        let cx = &mut Context::from_waker(Waker::noop());
+        assert!(next.as_mut().poll(cx).is_pending());
+        assert!(account.held() > 100_000);
+        sender.send("\"}".into()).await.unwrap();
+        assert_eq!(next.await.unwrap(), Some(pb::LeaseKeepAliveRequest::default()));
+        assert_eq!(account.held(), 0);
     }
 
     #[tokio::test]

@@ -70,11 +70,12 @@ impl Gateway {
         }
         match metadata::of(&head.headers) {
             Ok(metadata) => {
-                let body = Values::new(body, self.receive_max);
+                let account = head.extensions.get::<Arc<Account>>();
+                let body = Values::new(body, self.receive_max, account.cloned());
                 // The account alone: what else is known of the connection is of who made it, and a call
                 // that came as JSON is not let in by that (v3-api 3.12).
                 let mut extensions = Extensions::default();
-                if let Some(account) = head.extensions.get::<Arc<Account>>() {
+                if let Some(account) = account {
                     extensions.insert(account.clone());
                 }
                 let receive_max = self.receive_max;

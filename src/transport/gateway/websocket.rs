@@ -2,10 +2,13 @@
 //! line of the reply a text to the client. Browsers have no other way to send a stream.
 
 use std::any::Any;
+use std::cell::RefCell;
 use std::convert::Infallible;
+use std::io;
 use std::pin::Pin;
+use std::rc::Rc;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -22,6 +25,7 @@ use http_body_util::BodyExt;
 use hyper::body::{Body as HttpBody, Frame};
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::mpsc;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
@@ -29,7 +33,8 @@ use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Message, Utf8Bytes};
 
 use super::Gateway;
-use crate::transport::budget::Account;
+use crate::transport::budget::{Account, Call, Charge};
+use crate::transport::held::Unfinished;
 use crate::transport::http::status::text_error;
 
 /// In the extensions of a request: what is to live as long as its connection, even when that is no
@@ -41,6 +46,8 @@ pub struct Kept(pub Arc<dyn Any + Send + Sync>);
 const TEXTS_AHEAD: usize = 1;
 /// Time for the last lines of a call when the member stops.
 const STOPPING: Duration = Duration::from_secs(1);
+/// Bytes of a client's control frame that come before its payload.
+const CONTROL_HEADER: usize = 6;
 /// What a token comes after in the sub-protocols, and what is chosen then.
 const BEARER: &str = "Bearer";
 const TOKEN_COOKIE: &str = "token";
@@ -98,8 +105,17 @@ pub fn upgrade(gateway: Arc<Gateway>, mut request: Request) -> Response {
     if protocols.is_some_and(|list| list.as_bytes().starts_with(BEARER.as_bytes())) {
         told.insert(SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(BEARER));
     }
+    // Of the connection that was: from now on it has this one call.
+    let account = request.extensions().get::<Arc<Account>>().cloned();
+    let counted = match &account {
+        None => None,
+        Some(account) => match account.call() {
+            None => return refused(StatusCode::SERVICE_UNAVAILABLE),
+            counted => counted,
+        },
+    };
     let connection = hyper::upgrade::on(&mut request);
-    actix::spawn(converse(gateway, request, connection));
+    actix::spawn(converse(gateway, request, connection, account, counted));
     response
 }
 
@@ -123,7 +139,13 @@ fn call(handshake: &Request, body: Body) -> Request {
     call
 }
 
-async fn converse(gateway: Arc<Gateway>, handshake: Request, connection: OnUpgrade) {
+async fn converse(
+    gateway: Arc<Gateway>,
+    handshake: Request,
+    connection: OnUpgrade,
+    account: Option<Arc<Account>>,
+    _counted: Option<Call>,
+) {
     let io = match connection.await {
         Ok(io) => TokioIo::new(io),
         Err(error) => {
@@ -131,6 +153,8 @@ async fn converse(gateway: Arc<Gateway>, handshake: Request, connection: OnUpgra
             return;
         }
     };
+    let inflow = Rc::new(RefCell::new(Inflow::new(account.clone())));
+    let io = Metered { io, inflow: inflow.clone() };
     let bytes_max = gateway.receive_max.saturating_mul(2);
     let config = WebSocketConfig::default()
         .max_message_size(Some(bytes_max))
@@ -139,15 +163,23 @@ async fn converse(gateway: Arc<Gateway>, handshake: Request, connection: OnUpgra
     let (mut sink, mut source) = socket.split();
     let (sender, texts) = mpsc::channel(TEXTS_AHEAD);
     let call = call(&handshake, Body::new(Texts(texts)));
+    let hold = |bytes: &Bytes| account.as_ref().map(|account| account.hold(bytes.len()));
     let listen = async {
         while let Some(Ok(message)) = source.next().await {
-            match message {
-                Message::Text(text) => drop(sender.send(Bytes::from(text)).await),
-                Message::Binary(bytes) => drop(sender.send(bytes).await),
+            let text = match message {
+                Message::Text(text) => Bytes::from(text),
+                Message::Binary(bytes) => bytes,
                 Message::Close(_) => return,
-                // The library answers pings by itself.
-                Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => {}
-            }
+                // The library answers pings by itself. They may come in the middle of a text.
+                Message::Ping(bytes) | Message::Pong(bytes) => {
+                    inflow.borrow_mut().sub(CONTROL_HEADER + bytes.len());
+                    continue;
+                }
+                Message::Frame(_) => continue,
+            };
+            let charge = hold(&text);
+            inflow.borrow_mut().whole();
+            drop(sender.send((text, charge)).await);
         }
     };
     let answer = async {
@@ -157,6 +189,7 @@ async fn converse(gateway: Arc<Gateway>, handshake: Request, connection: OnUpgra
             if line.ends_with(b"\n") {
                 line.truncate(line.len() - 1);
             }
+            let _charge = hold(&line);
             let Ok(text) = Utf8Bytes::try_from(line) else { break };
             if sink.send(Message::Text(text)).await.is_err() {
                 return;
@@ -169,15 +202,99 @@ async fn converse(gateway: Arc<Gateway>, handshake: Request, connection: OnUpgra
         gateway.member.stopped().await;
         tokio::time::sleep(STOPPING).await;
     };
+    // The HTTP server has let go of the connection: nobody else looks.
+    let ended = async {
+        match &account {
+            Some(account) => {
+                account.ended().await;
+            }
+            None => std::future::pending().await,
+        }
+    };
     tokio::select! {
         () = listen => {}
         () = answer => {}
         () = stopped => {}
+        () = ended => {}
+    }
+}
+
+/// What has come of a client's text that is not whole.
+struct Inflow {
+    unfinished: Option<Unfinished>,
+    come: usize,
+}
+
+impl Inflow {
+    fn new(account: Option<Arc<Account>>) -> Self {
+        Inflow { unfinished: account.map(Unfinished::new), come: 0 }
+    }
+
+    fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.unfinished.as_mut().map_or(Poll::Ready(()), |unfinished| unfinished.poll_room(cx))
+    }
+
+    fn add(&mut self, bytes: usize) {
+        self.set(self.come + bytes);
+    }
+
+    fn sub(&mut self, bytes: usize) {
+        self.set(self.come.saturating_sub(bytes));
+    }
+
+    /// A text has come whole; of the next one, there is no more than what was read with it.
+    fn whole(&mut self) {
+        self.set(0);
+    }
+
+    fn set(&mut self, come: usize) {
+        self.come = come;
+        if let Some(unfinished) = &mut self.unfinished {
+            unfinished.set((come > 0).then_some(come));
+        }
+    }
+}
+
+/// A connection of which it is noted what comes: the library gathers a text out of sight.
+struct Metered<IO> {
+    io: IO,
+    inflow: Rc<RefCell<Inflow>>,
+}
+
+impl<IO: AsyncRead + Unpin> AsyncRead for Metered<IO> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        ready!(self.inflow.borrow_mut().poll_room(cx));
+        let before = buf.filled().len();
+        ready!(Pin::new(&mut self.io).poll_read(cx, buf))?;
+        self.inflow.borrow_mut().add(buf.filled().len() - before);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<IO: AsyncWrite + Unpin> AsyncWrite for Metered<IO> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
     }
 }
 
 /// The texts of a client as a body.
-struct Texts(mpsc::Receiver<Bytes>);
+struct Texts(mpsc::Receiver<(Bytes, Option<Charge>)>);
 
 impl HttpBody for Texts {
     type Data = Bytes;
@@ -187,13 +304,17 @@ impl HttpBody for Texts {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        self.0.poll_recv(cx).map(|text| text.map(|text| Ok(Frame::data(text))))
+        self.0.poll_recv(cx).map(|text| text.map(|(text, _)| Ok(Frame::data(text))))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
     use super::*;
+    use crate::metrics::Metrics;
+    use crate::transport::budget::Budget;
 
     fn headers(pairs: &[(HeaderName, &'static str)]) -> HeaderMap {
         pairs.iter().map(|(name, value)| (name.clone(), HeaderValue::from_static(value))).collect()
@@ -243,5 +364,23 @@ mod tests {
         let mut names: Vec<_> = call.headers().keys().map(HeaderName::as_str).collect();
         names.sort_unstable();
         assert_eq!(names, ["authorization", "origin", "referer"]);
+    }
+
+    #[tokio::test]
+    async fn what_has_come_of_a_text_is_on_the_account() {
+        let budget = Budget::new(1 << 30, 10, &Metrics::new());
+        let account = budget.open(None, 1 << 20);
+        let inflow = Rc::new(RefCell::new(Inflow::new(Some(account.clone()))));
+        let (mut client, io) = tokio::io::duplex(1 << 20);
+        let mut io = Metered { io, inflow: inflow.clone() };
+        client.write_all(&[0; 100_000]).await.unwrap();
+        io.read_exact(&mut [0; 100_000]).await.unwrap();
+        let all = account.held();
+        assert!(all >= 100_000);
+        // A ping in the middle of it is none of it, and does not make it whole.
+        inflow.borrow_mut().sub(CONTROL_HEADER + 4);
+        assert_eq!(account.held(), all - 10);
+        inflow.borrow_mut().whole();
+        assert_eq!(account.held(), 0);
     }
 }

@@ -14,7 +14,6 @@ use super::{Counted, Reply};
 use crate::actors::lease::ListLeases;
 use crate::core::apply::Reply as Applied;
 use crate::core::auth::AuthError;
-use crate::core::auth::access::{Asked, need};
 use crate::core::command::Request as Command;
 use crate::core::types::LeaseId;
 use crate::metrics::{Method, Received};
@@ -105,12 +104,7 @@ impl Lease {
         if now.auth.revision() != before {
             return Err(AuthError::OldRevision.into());
         }
-        let ranges =
-            keys.iter().map(|key| pb::RangeRequest { key: key.clone(), ..Default::default() });
-        for range in ranges {
-            access::check(&now, who, &need(Asked::Range(&range)))?;
-        }
-        Ok(())
+        access::check_attached(&now, who, keys).map_err(Into::into)
     }
 
     async fn leases(self) -> Result<pb::LeaseLeasesResponse, Status> {

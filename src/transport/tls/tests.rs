@@ -494,6 +494,34 @@ async fn the_revocation_list_is_read_again_and_nobody_passes_without_it() {
 }
 
 #[tokio::test]
+async fn nobody_passes_once_the_only_authority_is_revoked() {
+    let mut rig = Rig::demanding();
+    let middle = rig.ca.intermediate("between");
+    let carol = middle.issue(&Leaf::client("carol"));
+    let middle_der = CertificateDer::from_pem_slice(middle.pem.as_bytes()).unwrap();
+    let serial = X509Certificate::from_der(&middle_der).unwrap().1.raw_serial().to_vec();
+    // Only the leaf is sent, so that the authority is nowhere but among the trusted.
+    let leaf = carol.chain.split_inclusive("-----END CERTIFICATE-----\n").next().unwrap();
+    let carol = Issued { chain: leaf.to_owned(), ..carol };
+    replace(&rig.path("middle.crt"), middle.pem.as_bytes());
+    rig.config.client_tls.trusted_ca_file = rig.path("middle.crt");
+    rig.revoke(&rig.ca.revoke(&[]));
+    let server = rig.server();
+    let carol_now = async || outcome(&server, client(&rig.ca, Some(&carol))).await;
+    assert_eq!(carol_now().await, Ok(()));
+    let taken = Issued { serial, ..carol.clone() };
+    let revoked = rig.ca.revoke(&[&taken]);
+    replace(&rig.path("crl"), &revoked);
+    let error = until(async || carol_now().await.err()).await;
+    assert!(error.contains("UnknownIssuer"), "{error}");
+    replace(&rig.path("crl"), &rig.ca.revoke(&[]));
+    until(async || carol_now().await.ok()).await;
+    // From the start on, too.
+    rig.revoke(&revoked);
+    assert_refused(outcome(&rig.server(), client(&rig.ca, Some(&carol))).await, "UnknownIssuer");
+}
+
+#[tokio::test]
 async fn sessions_are_resumed_but_not_past_what_changed() {
     for version in [&rustls::version::TLS12, &rustls::version::TLS13] {
         let mut rig = Rig::demanding();

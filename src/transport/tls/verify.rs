@@ -158,7 +158,10 @@ fn is_trusted_itself(
 /// Judges the certificates of clients.
 pub(super) struct Clients {
     roots: Arc<Roots>,
+    /// Of those trusted that are not revoked; of all of them if none is left.
     chain: Arc<dyn ClientCertVerifier>,
+    /// All that are trusted are revoked.
+    none_left: bool,
     allowed: Allowed,
     revoked: Option<Arc<Revoked>>,
 }
@@ -171,14 +174,21 @@ impl Clients {
         provider: Arc<CryptoProvider>,
     ) -> Result<Self, String> {
         // A trusted certificate that was revoked vouches for nobody.
-        let store = match &revoked {
+        let mut store = match &revoked {
             Some(revoked) => roots.without(revoked),
             None => roots.store.clone(),
         };
+        // The library makes no verifier that trusts nobody. An error here would leave the one in place
+        // that still trusts them.
+        let none_left = store.is_empty() && !roots.store.is_empty();
+        if none_left {
+            store = roots.store.clone();
+            tracing::warn!("all trusted authorities are revoked: no client is let in");
+        }
         let chain = WebPkiClientVerifier::builder_with_provider(store, provider)
             .build()
             .map_err(|error| error.to_string())?;
-        Ok(Clients { roots, chain, allowed, revoked })
+        Ok(Clients { roots, chain, none_left, allowed, revoked })
     }
 
     /// Judges a chain as the handshake does: for a session that is resumed, where the handshake does
@@ -209,6 +219,10 @@ impl ClientCertVerifier for Clients {
         now: UnixTime,
     ) -> Result<ClientCertVerified, rustls::Error> {
         if !is_trusted_itself(&self.roots, end_entity, Use::Client, now)? {
+            if self.none_left {
+                let unknown = CertificateError::UnknownIssuer;
+                return Err(rustls::Error::InvalidCertificate(unknown));
+            }
             self.chain.verify_client_cert(end_entity, intermediates, now)?;
         }
         self.allowed.check(end_entity)?;
