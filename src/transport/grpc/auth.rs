@@ -16,6 +16,9 @@ use crate::transport::member::Member;
 use crate::transport::status;
 use crate::transport::token::{Issue, IssueError};
 
+/// Characters of a name that the log shows of someone who is not let in.
+const NAME_SHOWN_MAX: usize = 128;
+
 /// The service.
 #[derive(Clone)]
 pub struct Auth(pub Arc<Member>);
@@ -119,7 +122,10 @@ impl Auth {
         if self.0.passwords.compare(clear.to_string(), hash).await? {
             Ok(revision)
         } else {
-            tracing::warn!(user = name, "invalid password");
+            // Anyone can send a name as long as a request.
+            let shown =
+                name.char_indices().nth(NAME_SHOWN_MAX).map_or(name, |(end, _)| &name[..end]);
+            tracing::warn!(user = shown, "invalid password");
             Err(status::auth_failed())
         }
     }
