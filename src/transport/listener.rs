@@ -531,8 +531,9 @@ impl Workers {
             actix::spawn(async move {
                 match socket.attach() {
                     Ok((socket, remote)) => {
-                        // Done here, so that nobody else's connection waits for it.
-                        let opened = security.open(socket, remote, HANDSHAKE_TIMEOUT);
+                        // Done here, so that nobody else's connection waits for it. In memory of its own,
+                        // which is more than an idle connection takes otherwise, and given back.
+                        let opened = Box::pin(security.open(socket, remote, HANDSHAKE_TIMEOUT));
                         if let Some(opened) = unless_ended(opened, &account, stop.clone()).await {
                             let kept = Kept(held.clone());
                             serve_connection(opened, served, account, kept, options, stop).await;

@@ -461,7 +461,8 @@ fn watch(member: &Member, who: Who, args: &[&str], lines: usize) -> (Vec<String>
             }
         }
     }
-    kill(Pid::from_raw(child.0.id() as i32), Signal::SIGINT).unwrap();
+    // Not SIGINT: a Go program that a background job starts ignores that, as its parent does.
+    kill(Pid::from_raw(child.0.id() as i32), Signal::SIGTERM).unwrap();
     let code = loop {
         if let Some(status) = child.0.try_wait().unwrap() {
             break status.code();
