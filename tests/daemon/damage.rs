@@ -221,7 +221,7 @@ fn a_directory_of_a_newer_release_is_refused() {
 }
 
 #[test]
-fn a_database_that_authentication_protects_is_refused() {
+fn a_database_that_authentication_protects_is_served_to_its_users_alone() {
     let setup = filled(&[]);
     let enabled = |enabled: u8| {
         let engine = engine_redb::Redb::open(&setup.engine_dir(), &Default::default()).unwrap();
@@ -230,7 +230,15 @@ fn a_database_that_authentication_protects_is_refused() {
         engine.commit(&batch, Durability::Durable).unwrap();
     };
     enabled(1);
-    refuses(&setup, &["authentication is enabled", "does not enforce it yet"]);
+    let daemon = setup.start();
+    let asked = etcdctl(&format!("http://{}", setup.client), &["get", "", "--prefix"]);
+    let said = String::from_utf8_lossy(&asked.stderr).into_owned();
+    assert!(!asked.status.success() && said.contains("user name is empty"), "{said}");
+    assert_eq!(asked.stdout, b"");
+    daemon.stop();
+    // Neither on nor off: nobody can tell who may read it.
+    enabled(2);
+    refuses(&setup, &["authEnabled", "neither 0 nor 1"]);
     enabled(0);
     serves_all(&setup);
 }
