@@ -32,7 +32,7 @@ use crate::actors::watch::WatchHub;
 use crate::bootstrap::{self, Birth, BootstrapError, Plan};
 use crate::cli::ETCD_VERSION;
 use crate::config::duration::GoDuration;
-use crate::config::{Config, ConfigError, EngineKind, Gate, Origins, Retention, Url};
+use crate::config::{Config, ConfigError, Gate, Origins, Retention, Url};
 use crate::core::apply::{Machine, STORAGE_VERSION};
 use crate::core::autocompact::{self, AutoCompaction};
 use crate::core::cluster_version;
@@ -43,6 +43,7 @@ use crate::core::quota::Quota;
 use crate::core::raft::{Config as RaftConfig, Node, Restored};
 use crate::core::types::{ClusterId, Index, MemberId, Term};
 use crate::core::watch::{Hub, HubOptions};
+use crate::engines;
 use crate::logging::{self, Logging};
 use crate::metrics::Metrics;
 use crate::storage::install::{InstallError, Installer, OpenEngine};
@@ -226,30 +227,17 @@ fn installer(
     disk: &SharedDisk,
     snapshots: &SnapDir,
 ) -> Result<Installer, StartError> {
-    let options = &config.storage.engine_options;
-    let refused = |error: String| StartError::Refused(format!("engine-options: {error}"));
+    let engine = config.storage.engine;
+    let options = engine_api::Options::new(engine.about, &config.storage.engine_options)
+        .map_err(|error| StartError::Refused(format!("engine-options: {error}")))?;
     let dir = engine_dir(config);
-    let open: OpenEngine = match dir {
-        Some(_) => {
-            let options = engine_redb::RedbOptions::from_map(options).map_err(refused)?;
-            Arc::new(move |dir| Ok(Arc::new(engine_redb::Redb::open(dir, &options)?)))
-        }
-        None => {
-            if let Some(option) = options.keys().next() {
-                return Err(refused(format!("unknown option {option:?}: memory has none")));
-            }
-            Arc::new(|_| Ok(Arc::new(engine_memory::Memory::new())))
-        }
-    };
+    let open: OpenEngine = Arc::new(move |dir| engine.open(dir, &options));
     Ok(Installer::new(disk.clone(), snapshots.clone(), dir, open, server_version()))
 }
 
 /// Where the configured engine has its files; `None` for one without any.
 fn engine_dir(config: &Config) -> Option<PathBuf> {
-    match config.storage.engine {
-        EngineKind::Redb => Some(config.member.data_dir.join("member").join("engine-redb")),
-        EngineKind::Memory => None,
-    }
+    config.storage.engine.dir(&config.member.data_dir)
 }
 
 /// Refuses a log that begins behind a snapshot when the engine's files are gone. Without a snapshot
@@ -288,10 +276,10 @@ fn check_directory(config: &Config) -> Result<(), StartError> {
             data_dir.display()
         )));
     }
-    let engines: Vec<&str> = [("redb", "engine-redb")]
-        .into_iter()
-        .filter(|(_, dir)| member.join(dir).exists())
-        .map(|(name, _)| name)
+    let engines: Vec<&str> = engines::ALL
+        .iter()
+        .filter(|engine| engine.dir(data_dir).is_some_and(|dir| dir.exists()))
+        .map(|engine| engine.name())
         .collect();
     if member.join("snap").join("db").exists() && engines.is_empty() {
         return Err(StartError::Refused(format!(
@@ -1412,10 +1400,11 @@ mod tests {
 
     use super::*;
     use crate::actors::rig::{CLUSTER, LOCAL, Rig, put, transfer};
+    use crate::engines::BuiltIn;
 
     /// A data directory whose log begins with a snapshot that was received, and goes on for an entry; and
     /// the snapshot's index.
-    fn received(engine: EngineKind) -> (tempfile::TempDir, Config, SnapDir, u64) {
+    fn received(engine: &'static BuiltIn) -> (tempfile::TempDir, Config, SnapDir, u64) {
         let dir = tempfile::tempdir().unwrap();
         let mut config = Config::default();
         config.member.data_dir = dir.path().join("data");
@@ -1456,7 +1445,7 @@ mod tests {
 
     #[test]
     fn a_start_installs_the_database_that_came_with_the_newest_snapshot() {
-        let (_dir, config, snapshots, index) = received(EngineKind::Redb);
+        let (_dir, config, snapshots, index) = received(engines::DEFAULT);
         // The engine as it was before: there, and empty.
         let disk: SharedDisk = Arc::new(OsDisk);
         drop(installer(&config, &disk, &snapshots).unwrap().open().unwrap());
@@ -1467,7 +1456,7 @@ mod tests {
 
     #[test]
     fn a_start_that_finds_the_old_engine_out_of_the_way_installs_again() {
-        let (_dir, config, snapshots, index) = received(EngineKind::Redb);
+        let (_dir, config, snapshots, index) = received(engines::DEFAULT);
         let disk: SharedDisk = Arc::new(OsDisk);
         drop(installer(&config, &disk, &snapshots).unwrap().open().unwrap());
         let engine = engine_dir(&config).unwrap();
@@ -1478,7 +1467,7 @@ mod tests {
 
     #[test]
     fn an_engine_in_memory_begins_with_the_received_database_each_time() {
-        let (_dir, config, snapshots, index) = received(EngineKind::Memory);
+        let (_dir, config, snapshots, index) = received(engines::find("memory").unwrap());
         for _ in 0..2 {
             check(&read(&config, &snapshots).unwrap(), index);
             assert!(snapshots.received_db(index).unwrap().is_some());
@@ -1488,7 +1477,7 @@ mod tests {
 
     #[test]
     fn without_the_database_the_start_is_refused() {
-        let (_dir, config, snapshots, index) = received(EngineKind::Redb);
+        let (_dir, config, snapshots, index) = received(engines::DEFAULT);
         snapshots.release_dbs(index + 1).unwrap();
         let refused = |what: &str| {
             let error = read(&config, &snapshots).err().expect("refused").to_string();

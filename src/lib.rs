@@ -9,6 +9,7 @@ pub mod cli;
 pub mod config;
 pub mod core;
 pub mod daemon;
+pub mod engines;
 pub mod local;
 pub mod logging;
 pub mod metrics;

@@ -17,8 +17,8 @@ use nix::unistd::Pid;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
-use crate::config::EngineKind;
 use crate::config::flags;
+use crate::engines;
 
 /// What `--help` tells.
 pub const USAGE: &str = "\
@@ -178,9 +178,7 @@ impl Layout {
             let given = engines.len();
             return Err(LocalError::Count { flag: "engines", given, members: count });
         }
-        if let Some(name) =
-            engines.iter().flatten().find(|name| EngineKind::from_name(name).is_none())
-        {
+        if let Some(name) = engines.iter().flatten().find(|name| engines::find(name).is_none()) {
             return Err(LocalError::Engine(name.clone()));
         }
         let members = (1..).zip(client.into_iter().zip(peer)).zip(engines);

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use quorate::config::flags::{FILE_ONLY, FLAGS, Flag, Group};
 use quorate::config::{
-    self, Asked, AuthToken, Config, ConfigError, EngineKind, Gate, LogFormat, LogLevel, LogOutput,
+    self, Asked, AuthToken, Config, ConfigError, Gate, LogFormat, LogLevel, LogOutput,
     MetricsDetail, Notice, Origins, Retention, Rotation, Surroundings, Telling, url,
 };
 
@@ -215,7 +215,7 @@ fn variables_stand_behind_flags() {
     assert_eq!(config.member.data_dir, Path::new("/d"));
     assert_eq!(config.member.wal_dir, None);
     assert!(!config.raft.pre_vote);
-    assert_eq!(config.storage.engine, EngineKind::Memory);
+    assert_eq!(config.storage.engine.name(), "memory");
     let used = |name: &str| {
         notices.iter().any(|n| matches!(n, Notice::VariableUsed { name: used, .. } if used == name))
     };
@@ -289,8 +289,8 @@ socket-options: {reuse-port: true}
 enable-v2: true
 nope: {deep: 1}
 Quorate:
-  engine: memory
-  engine-options: {cache: 5, mode: fast}
+  engine: redb
+  engine-options: {cache-bytes: 1048576}
 ";
     let (config, notices) = served(file(text));
     assert_eq!(config.member.name, "exact");
@@ -302,9 +302,9 @@ Quorate:
     assert_eq!(url::join(&config.cluster.advertise_client_urls), "http://localhost:2379");
     assert_eq!(config.log.outputs, [LogOutput::Stdout, LogOutput::File("/tmp/x".into())]);
     assert!(config.gates.enabled(Gate::LeaseCheckpoint));
-    assert_eq!(config.storage.engine, EngineKind::Memory);
+    assert_eq!(config.storage.engine.name(), "redb");
     let options: Vec<_> = config.storage.engine_options.into_iter().collect();
-    assert_eq!(options, [("cache".into(), "5".into()), ("mode".into(), "fast".into())]);
+    assert_eq!(options, [("cache-bytes".into(), "1048576".into())]);
     let unknown: BTreeSet<_> = notices
         .iter()
         .filter_map(|notice| match notice {
@@ -319,7 +319,7 @@ Quorate:
     assert_eq!(config.member.name, "5");
     assert_eq!(served(file("")).0, Config::default());
     assert_eq!(served(file("{\"name\": \"json\", \"name\": \"last\"}")).0.member.name, "last");
-    assert_eq!(served(file("engine: memory")).0.storage.engine, EngineKind::Memory);
+    assert_eq!(served(file("engine: memory")).0.storage.engine.name(), "memory");
 }
 
 #[test]
@@ -351,7 +351,11 @@ fn a_file_with_wrong_values_is_refused_by_key() {
             "unknown key engin (known are engine, engine-options, max-connection-age, max-connection-age-grace)",
         ),
         ("engine: redb\nquorate: {engine: redb}", "engine is set twice"),
-        ("engine: sled", r#"unknown engine "sled" (supported are memory, redb)"#),
+        ("engine: sled", r#"unknown engine "sled" (supported are redb, memory)"#),
+        (
+            "engine-options: {cache: 5}",
+            r#"engine-options: unknown option "cache" of engine redb; it has cache-bytes"#,
+        ),
         (
             "warning-apply-duration: -1",
             "--warning-apply-duration must not be negative (set to -1ns)",
@@ -487,7 +491,7 @@ fn rules_are_told_in_the_words_of_etcd() {
             "cannot bind both --listen-client-urls and --listen-client-http-urls on the same url http://localhost:2379",
         ),
         (&["--auth-token=jwt"], "auth: invalid auth options: --auth-token: jwt needs sign-method"),
-        (&["--engine=sled"], r#"unknown engine "sled" (supported are memory, redb)"#),
+        (&["--engine=sled"], r#"unknown engine "sled" (supported are redb, memory)"#),
         (&["--backend-batch-limit=-1"], "--backend-batch-limit must be >0 (set to -1)"),
         (
             &["--auth-token=jwt,sign-method=none"],

@@ -90,7 +90,12 @@ pub fn version() -> Version {
 
 /// Opens redb in a directory.
 pub fn open_redb() -> OpenEngine {
-    Arc::new(|dir| Ok(Arc::new(engine_redb::Redb::open(dir, &Default::default())?)))
+    Arc::new(|dir| {
+        Ok(Arc::new(engine_redb::Redb::open(
+            dir,
+            &engine_api::Options::defaults(&engine_redb::ABOUT),
+        )?))
+    })
 }
 
 /// What installs in `dir`, as a member there would.

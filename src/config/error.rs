@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::duration::GoDuration;
+use crate::engines;
 
 /// What is wrong with flags, variables or the configuration file. The texts that etcd has for a rule
 /// are etcd's.
@@ -154,8 +155,10 @@ pub enum ConfigError {
     NotPositive { flag: &'static str, value: i64 },
     #[error("--{flag} must name at least one URL")]
     NoUrls { flag: &'static str },
-    #[error("unknown engine {0:?} (supported are memory, redb)")]
-    Engine(String),
+    #[error("unknown engine {name:?} (supported are {})", engines::names())]
+    Engine { name: String },
+    #[error("engine-options: {0}")]
+    EngineOption(#[from] engine_api::OptionError),
     #[error("not supported yet: {0}")]
     Unsupported(String),
 

@@ -26,13 +26,15 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::engines::{self, BuiltIn};
+
 pub use error::{ConfigError, Telling};
 pub use gates::{FeatureGates, Gate};
 pub use load::{Asked, Surroundings, load};
 pub use notice::Notice;
 pub use types::{
-    AuthToken, ClusterState, CompactionMode, EngineKind, JwtOptions, LogFormat, LogLevel,
-    LogOutput, MetricsDetail, Origins, Retention, Rotation,
+    AuthToken, ClusterState, CompactionMode, JwtOptions, LogFormat, LogLevel, LogOutput,
+    MetricsDetail, Origins, Retention, Rotation,
 };
 pub use url::{Scheme, Url};
 
@@ -168,7 +170,7 @@ pub struct Limits {
 /// The engine and how it is written.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Storage {
-    pub engine: EngineKind,
+    pub engine: &'static BuiltIn,
     /// Options for the engine alone, by name; judged by the engine.
     pub engine_options: BTreeMap<String, String>,
     /// Backend bytes that raise the NOSPACE alarm; `None`: no limit.
@@ -416,7 +418,7 @@ impl Default for Config {
             },
             limits: Limits { max_txn_ops: 128, max_request_bytes: 1_572_864 },
             storage: Storage {
-                engine: EngineKind::Redb,
+                engine: engines::DEFAULT,
                 engine_options: BTreeMap::new(),
                 quota_bytes: Some(DEFAULT_QUOTA_BYTES),
                 batch_interval: Duration::from_millis(100),
@@ -520,7 +522,7 @@ impl Default for Config {
                 feature_gates: String::new(),
                 discovery_fallback: "exit".to_owned(),
                 v2_deprecation: "write-only".to_owned(),
-                engine: EngineKind::Redb.name().to_owned(),
+                engine: engines::DEFAULT.name().to_owned(),
             },
         }
     }

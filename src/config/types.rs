@@ -50,15 +50,6 @@ macro_rules! words {
 pub(super) use words;
 
 words! {
-    /// Which storage engine holds the keys.
-    EngineKind {
-        /// Everything in memory, rebuilt from the WAL: for tests and measurements.
-        Memory = "memory",
-        Redb = "redb",
-    }
-}
-
-words! {
     /// Whether the first start founds a cluster or joins one.
     ClusterState { New = "new", Existing = "existing" }
 }

@@ -5,16 +5,20 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use engine_api::Options;
+
 use super::duration::GoDuration;
 use super::error::ConfigError;
 use super::gates::Gate;
 use super::load::Sources;
 use super::notice::Notice;
 use super::types::{
-    AuthToken, ClusterState, CompactionMode, EngineKind, LogFormat, LogLevel, LogOutput,
-    MetricsDetail, Retention, Rotation,
+    AuthToken, ClusterState, CompactionMode, LogFormat, LogLevel, LogOutput, MetricsDetail,
+    Retention, Rotation,
 };
 use super::url::{self, Scheme, Url, UrlError};
+use crate::engines;
+
 use super::{Config, DEFAULT_CLIENT_URL, DEFAULT_NAME, DEFAULT_PEER_URL, DEFAULT_QUOTA_BYTES};
 
 const MAX_ELECTION_MS: u64 = 50_000;
@@ -260,8 +264,9 @@ pub(super) fn resolve(
     if !unknown.is_empty() {
         sources.notices.push(Notice::TokenOptionsUnknown { names: unknown.join(", ") });
     }
-    config.storage.engine = EngineKind::from_name(&config.given.engine)
-        .ok_or_else(|| ConfigError::Engine(config.given.engine.clone()))?;
+    config.storage.engine = engines::find(&config.given.engine)
+        .ok_or_else(|| ConfigError::Engine { name: config.given.engine.clone() })?;
+    Options::new(config.storage.engine.about, &config.storage.engine_options)?;
     defaults_for_zero(config, &mut sources.notices)
 }
 

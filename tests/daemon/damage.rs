@@ -208,7 +208,11 @@ fn a_directory_of_a_newer_release_is_refused() {
     let setup = filled(&[]);
     let whole = setup.temp.path().join("whole");
     copy_dir(&setup.data, &whole);
-    let engine = engine_redb::Redb::open(&setup.engine_dir(), &Default::default()).unwrap();
+    let engine = engine_redb::Redb::open(
+        &setup.engine_dir(),
+        &engine_api::Options::defaults(&engine_redb::ABOUT),
+    )
+    .unwrap();
     let mut batch = Batch::default();
     batch.put(Table::Meta, STORAGE_VERSION.to_vec(), b"3.9.0".to_vec());
     engine.commit(&batch, Durability::Durable).unwrap();
@@ -224,7 +228,11 @@ fn a_directory_of_a_newer_release_is_refused() {
 fn a_database_that_authentication_protects_is_served_to_its_users_alone() {
     let setup = filled(&[]);
     let enabled = |enabled: u8| {
-        let engine = engine_redb::Redb::open(&setup.engine_dir(), &Default::default()).unwrap();
+        let engine = engine_redb::Redb::open(
+            &setup.engine_dir(),
+            &engine_api::Options::defaults(&engine_redb::ABOUT),
+        )
+        .unwrap();
         let mut batch = Batch::default();
         batch.put(Table::Auth, ENABLED, vec![enabled]);
         engine.commit(&batch, Durability::Durable).unwrap();

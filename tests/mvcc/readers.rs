@@ -311,6 +311,6 @@ fn readers_race_with_compaction_over_memory() {
 #[test]
 fn readers_race_with_compaction_over_redb() {
     let dir = tempfile::tempdir().unwrap();
-    let options = engine_redb::RedbOptions::default();
+    let options = engine_api::Options::defaults(&engine_redb::ABOUT);
     race(Arc::new(engine_redb::Redb::open(dir.path(), &options).unwrap()), 1500, 12);
 }

@@ -5,10 +5,14 @@
 //! only as [`Durability::Buffered`], newest batches first and each batch whole, and must never lose
 //! a batch out of the middle, tear one, or lose what it was told to keep as [`Durability::Durable`].
 
+mod about;
+
 use std::fmt;
 use std::ops::{Bound, ControlFlow};
 
 use bytes::Bytes;
+
+pub use about::{About, OptionError, OptionKind, OptionSpec, Options, Reclaim, Survives};
 
 /// The tables: etcd's buckets, by their names in a bbolt file (formats-and-peers section 3).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -155,8 +159,13 @@ pub enum Durability {
 
 /// An ordered key/value store. One committer at a time; any number of views.
 pub trait Engine: Send + Sync + 'static {
-    /// The name under which the configuration file selects it.
-    fn name(&self) -> &'static str;
+    /// What it promises.
+    fn about(&self) -> &'static About;
+
+    /// The name under which the configuration selects it.
+    fn name(&self) -> &'static str {
+        self.about().name
+    }
 
     /// A view of everything committed before this call. It blocks no commit; no later commit shows
     /// in it. Views are meant to be short: an open one can keep space from being reused.

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use engine_api::{Batch, Durability, Engine, EngineError, Reclaimed, View};
+use engine_api::{About, Batch, Durability, Engine, EngineError, Reclaimed, View};
 
 /// Passes everything on until the n-th commit, which fails with an I/O error and changes nothing;
 /// from then on every call answers `Poisoned`. For tests of what stands above an engine.
@@ -40,8 +40,8 @@ impl<E: Engine> Failing<E> {
 }
 
 impl<E: Engine> Engine for Failing<E> {
-    fn name(&self) -> &'static str {
-        self.inner.name()
+    fn about(&self) -> &'static About {
+        self.inner.about()
     }
 
     fn view(&self) -> Result<Box<dyn View + '_>, EngineError> {

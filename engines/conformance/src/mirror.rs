@@ -4,7 +4,7 @@ use std::ops::{Bound, ControlFlow};
 use std::sync::{Mutex, PoisonError};
 
 use bytes::Bytes;
-use engine_api::{Batch, Durability, Engine, EngineError, Reclaimed, Table, View};
+use engine_api::{About, Batch, Durability, Engine, EngineError, Reclaimed, Table, View};
 
 /// Runs every call on both engines and panics at the first difference: for tests only. Answers and
 /// sizes are the first one's.
@@ -39,8 +39,8 @@ fn both<T, U>(
 }
 
 impl<A: Engine, B: Engine> Engine for Mirror<A, B> {
-    fn name(&self) -> &'static str {
-        "mirror"
+    fn about(&self) -> &'static About {
+        self.first.about()
     }
 
     fn view(&self) -> Result<Box<dyn View + '_>, EngineError> {

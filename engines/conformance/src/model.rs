@@ -6,7 +6,21 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use engine_api::{
-    Batch, Durability, Engine, EngineError, Op, Reclaimed, Table, View, is_empty_range,
+    About, Batch, Durability, Engine, EngineError, Op, Reclaim, Reclaimed, Survives, Table, View,
+    is_empty_range,
+};
+
+const ABOUT: About = About {
+    name: "model",
+    summary: "maps that are too simple to be wrong",
+    buffered_survives: Survives::Nothing,
+    durable_survives: Survives::Nothing,
+    reclaim: Reclaim::Needless,
+    key_bytes_max: None,
+    value_bytes_max: None,
+    memory: "all data",
+    files: "none",
+    options: &[],
 };
 
 type Rows = BTreeMap<Table, BTreeMap<Bytes, Bytes>>;
@@ -26,8 +40,8 @@ impl Model {
 }
 
 impl Engine for Model {
-    fn name(&self) -> &'static str {
-        "model"
+    fn about(&self) -> &'static About {
+        &ABOUT
     }
 
     fn view(&self) -> Result<Box<dyn View + '_>, EngineError> {

@@ -10,9 +10,24 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use bytes::Bytes;
 use engine_api::{
-    Batch, Durability, Engine, EngineError, Op, Reclaimed, Table, View, is_empty_range,
+    About, Batch, Durability, Engine, EngineError, Op, Reclaim, Reclaimed, Survives, Table, View,
+    is_empty_range,
 };
 use imbl::OrdMap;
+
+/// What the engine promises.
+pub const ABOUT: About = About {
+    name: "memory",
+    summary: "everything in memory, rebuilt from the log at each start; for tests and comparisons",
+    buffered_survives: Survives::Nothing,
+    durable_survives: Survives::Nothing,
+    reclaim: Reclaim::Needless,
+    key_bytes_max: None,
+    value_bytes_max: None,
+    memory: "all data, and about 90 bytes a row",
+    files: "none",
+    options: &[],
+};
 
 /// Estimated bytes of a row beyond its key and value: two handles of 32 bytes in a node that is on
 /// average three quarters full.
@@ -77,8 +92,8 @@ impl Memory {
 }
 
 impl Engine for Memory {
-    fn name(&self) -> &'static str {
-        "memory"
+    fn about(&self) -> &'static About {
+        &ABOUT
     }
 
     fn view(&self) -> Result<Box<dyn View + '_>, EngineError> {

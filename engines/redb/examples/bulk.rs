@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use engine_api::{Batch, Durability, Engine, Table};
-use engine_redb::{Redb, RedbOptions};
+use engine_api::{Batch, Durability, Engine, Options, Table};
+use engine_redb::{ABOUT, Redb};
 
 const BATCH: u64 = 1_000;
 
@@ -41,7 +41,7 @@ fn main() {
     let rows: u64 =
         std::env::args().nth(1).map_or(1_000_000, |rows| rows.parse().expect("a number"));
     let dir = tempfile::tempdir().expect("a temporary directory");
-    let engine = Redb::open(dir.path(), &RedbOptions::default()).expect("the engine opens");
+    let engine = Redb::open(dir.path(), &Options::defaults(&ABOUT)).expect("the engine opens");
     let put = |first: u64| {
         let mut batch = Batch::default();
         for main in first..first + BATCH {
@@ -129,7 +129,7 @@ fn main() {
 
     drop(engine);
     let started = Instant::now();
-    let engine = Redb::open(dir.path(), &RedbOptions::default()).expect("the engine opens");
+    let engine = Redb::open(dir.path(), &Options::defaults(&ABOUT)).expect("the engine opens");
     println!("{:<44} {:>12.1?}", "open", started.elapsed());
     assert!(!engine.repaired());
 }

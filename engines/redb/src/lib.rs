@@ -21,7 +21,6 @@ mod disk;
 mod reclaim;
 mod store;
 
-use std::collections::BTreeMap;
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::ops::{Bound, ControlFlow};
@@ -29,7 +28,10 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
-use engine_api::{Batch, Durability, Engine, EngineError, Reclaimed, Table, View};
+use engine_api::{
+    About, Batch, Durability, Engine, EngineError, OptionKind, OptionSpec, Options, Reclaim,
+    Reclaimed, Survives, Table, View,
+};
 use parking_lot::{Mutex, RwLock};
 
 use reclaim::Touched;
@@ -39,62 +41,31 @@ const DATA: &str = "data.redb";
 const NEW: &str = "data.redb.new";
 const LOCK: &str = "lock";
 
-/// How the engine uses the machine.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct RedbOptions {
-    /// Memory for pages read and not yet written, in bytes, from 1 MiB; reclaim uses up to as much again
-    /// while it runs.
-    pub cache_bytes: usize,
-}
+const CACHE_BYTES: &str = "cache-bytes";
 
-impl Default for RedbOptions {
-    fn default() -> Self {
-        RedbOptions { cache_bytes: 64 << 20 }
-    }
-}
-
-impl RedbOptions {
-    const CACHE_BYTES: &str = "cache-bytes";
-    const CACHE_BYTES_MIN: usize = 1 << 20;
-
-    /// The options of the configuration file: `cache-bytes`, a decimal number; the default for what is
-    /// absent.
-    ///
-    /// # Errors
-    /// Names an unknown key and the known ones, or a value and the rule it breaks.
-    pub fn from_map(map: &BTreeMap<String, String>) -> Result<Self, String> {
-        let mut options = RedbOptions::default();
-        for (key, value) in map {
-            match key.as_str() {
-                Self::CACHE_BYTES => {
-                    options.cache_bytes = value
-                        .parse()
-                        .ok()
-                        .filter(|bytes| *bytes >= Self::CACHE_BYTES_MIN)
-                        .ok_or_else(|| {
-                            format!(
-                                "engine option {key} is {value:?} but must be a number of bytes, at \
-                                 least {}",
-                                Self::CACHE_BYTES_MIN
-                            )
-                        })?;
-                }
-                _ => {
-                    return Err(format!(
-                        "unknown option {key:?} of engine redb; it has: {}",
-                        Self::CACHE_BYTES
-                    ));
-                }
-            }
-        }
-        Ok(options)
-    }
-}
+/// What the engine promises, and how it can be set.
+pub const ABOUT: About = About {
+    name: "redb",
+    summary: "copy-on-write B-tree in one file; the default",
+    buffered_survives: Survives::OrderlyEnd,
+    durable_survives: Survives::PowerLoss,
+    reclaim: Reclaim::Online,
+    key_bytes_max: None,
+    value_bytes_max: None,
+    memory: "pages read and not yet written, up to cache-bytes; as much again during reclaim",
+    files: "one file, which grows by doubling; only the blocks in use are occupied",
+    options: &[OptionSpec {
+        name: CACHE_BYTES,
+        kind: OptionKind::Number { min: 1 << 20, max: usize::MAX as u64, unit: "bytes" },
+        default: "67108864",
+        help: "memory for pages read and not yet written",
+    }],
+};
 
 /// The engine over one directory.
 pub struct Redb {
     dir: PathBuf,
-    options: RedbOptions,
+    cache_bytes: usize,
     /// Held by a commit from its start to its end: one committer at a time.
     writer: Mutex<Writer>,
     shared: RwLock<Shared>,
@@ -124,24 +95,25 @@ impl Redb {
     /// # Errors
     /// `Unusable`: another process has it open, or the file is another program's. `Corrupt`: the file is
     /// damaged. `Io`: the system refused. Each names the file.
-    pub fn open(dir: &Path, options: &RedbOptions) -> Result<Redb, EngineError> {
+    pub fn open(dir: &Path, options: &Options) -> Result<Redb, EngineError> {
         fs::create_dir_all(dir).map_err(|error| failed("create directory", dir, error))?;
         let lock = lock(dir)?;
+        let cache_bytes = options.number(CACHE_BYTES) as usize;
         let (data, new) = (dir.join(DATA), dir.join(NEW));
         remove_if_there(&new)?;
         if !exists(&data)? {
             // under another name first: a crash leaves either no file or a complete one
-            drop(Store::create(&new, options.cache_bytes)?);
+            drop(Store::create(&new, cache_bytes)?);
             fs::rename(&new, &data).map_err(|error| failed("rename", &new, error))?;
             sync_dir(dir)?;
             if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
                 sync_dir(parent)?;
             }
         }
-        let store = Arc::new(Store::open(&data, &data, options.cache_bytes)?);
+        let store = Arc::new(Store::open(&data, &data, cache_bytes)?);
         Ok(Redb {
             dir: dir.to_path_buf(),
-            options: options.clone(),
+            cache_bytes,
             writer: Mutex::default(),
             shared: RwLock::new(Shared { store, snapshot: None }),
             reclaiming: Mutex::new(()),
@@ -192,8 +164,8 @@ impl Redb {
 }
 
 impl Engine for Redb {
-    fn name(&self) -> &'static str {
-        "redb"
+    fn about(&self) -> &'static About {
+        &ABOUT
     }
 
     fn view(&self) -> Result<Box<dyn View + '_>, EngineError> {

@@ -181,7 +181,7 @@ impl Redb {
 
     /// Answers the size of the new file.
     fn copy_and_switch(&self) -> Result<u64, EngineError> {
-        let target = Store::create(&self.dir.join(NEW), self.options.cache_bytes)?;
+        let target = Store::create(&self.dir.join(NEW), self.cache_bytes)?;
         self.writer.lock().touched = Some(Touched::default());
         let mut position = Position::default();
         // a copy that takes more than this runs behind commits that are faster
@@ -206,7 +206,7 @@ impl Redb {
         target.commit(&Batch::default(), Durability::Durable)?;
         drop(target);
         let (data, new) = (self.dir.join(DATA), self.dir.join(NEW));
-        let target = Store::open(&new, &data, self.options.cache_bytes)?;
+        let target = Store::open(&new, &data, self.cache_bytes)?;
         for durability in [Durability::Durable, Durability::Buffered] {
             for _ in 0..CATCH_UPS_MAX {
                 let moment = self.moment(&mut self.writer.lock())?;

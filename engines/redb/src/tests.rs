@@ -1,4 +1,3 @@
-use std::collections::BTreeMap;
 use std::fs;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
@@ -15,11 +14,16 @@ mod conformance {
 }
 
 fn open(dir: &Path) -> Redb {
-    Redb::open(dir, &RedbOptions::default()).unwrap()
+    Redb::open(dir, &Options::defaults(&ABOUT)).unwrap()
+}
+
+/// The least cache, so that pages spill.
+fn small() -> Options {
+    Options::new(&ABOUT, &[(CACHE_BYTES.to_owned(), (1 << 20).to_string())].into()).unwrap()
 }
 
 fn error_of(dir: &Path) -> EngineError {
-    Redb::open(dir, &RedbOptions::default()).err().expect("opening fails")
+    Redb::open(dir, &Options::defaults(&ABOUT)).err().expect("opening fails")
 }
 
 /// A batch whose rows follow from its number: a row of its own, and the number in `meta`.
@@ -67,7 +71,7 @@ fn random_operations_match_a_mirrored_model() {
 #[test]
 fn small_caches_change_nothing() {
     engine_conformance::cases::commits_and_reads_go_on_during_reclaim(|dir: &Path| {
-        Redb::open(dir, &RedbOptions { cache_bytes: 1 << 20 }).unwrap()
+        Redb::open(dir, &small()).unwrap()
     });
 }
 
@@ -104,7 +108,7 @@ fn power_loss_keeps_what_was_durable() {
     let seed = std::env::var("ENGINE_SEED").map_or(1, |seed| seed.parse().unwrap());
     let mut rng = Rng::new(seed);
     let (dir, crashed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let engine = Redb::open(dir.path(), &RedbOptions { cache_bytes: 1 << 20 }).unwrap();
+    let engine = Redb::open(dir.path(), &small()).unwrap();
     engine.commit(&Batch::default(), Durability::Durable).unwrap();
     let base = fs::read(dir.path().join(DATA)).unwrap();
     let store = engine.store();
@@ -157,7 +161,7 @@ fn power_loss_keeps_what_was_durable() {
         }
         fs::write(crashed.path().join(DATA), &image).unwrap();
         let context = format!("seed {seed}, round {round}, crash at {end} of {}", record.len());
-        let survivor = Redb::open(crashed.path(), &RedbOptions::default())
+        let survivor = Redb::open(crashed.path(), &Options::defaults(&ABOUT))
             .unwrap_or_else(|error| panic!("{context}: {error}"));
         let n = check_numbered(&survivor, &context);
         let (_, acknowledged) = durable[durable.partition_point(|(at, _)| *at <= end) - 1];
@@ -358,24 +362,6 @@ fn truncated_and_overwritten_files_are_corrupt() {
         file.write_all_at(&vec![0xa5; to - from], from as u64).unwrap();
         expect_corrupt(&format!("bytes {from} to {to} overwritten"));
     }
-}
-
-#[test]
-fn options_are_read_and_checked() {
-    let map = |pairs: &[(&str, &str)]| -> BTreeMap<String, String> {
-        pairs.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect()
-    };
-    assert_eq!(RedbOptions::from_map(&map(&[])), Ok(RedbOptions::default()));
-    assert_eq!(
-        RedbOptions::from_map(&map(&[("cache-bytes", "1048576")])),
-        Ok(RedbOptions { cache_bytes: 1 << 20 })
-    );
-    for value in ["", "1048575", "64MiB", "-1", "99999999999999999999999"] {
-        let error = RedbOptions::from_map(&map(&[("cache-bytes", value)])).unwrap_err();
-        assert!(error.contains("cache-bytes") && error.contains("1048576"), "{error}");
-    }
-    let error = RedbOptions::from_map(&map(&[("cache", "1")])).unwrap_err();
-    assert_eq!(error, "unknown option \"cache\" of engine redb; it has: cache-bytes");
 }
 
 #[test]

@@ -1,0 +1,110 @@
+//! The storage engines that are built in: how each is opened, and where it has its files.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use engine_api::{About, Engine, EngineError, Options};
+
+type Open = fn(&Path, &Options) -> Result<Arc<dyn Engine>, EngineError>;
+
+/// An engine that a configuration can name.
+pub struct BuiltIn {
+    pub about: &'static About,
+    /// Its directory below a member's (`<data-dir>/member`); `None` if it has no files.
+    dir: Option<&'static str>,
+    open: Open,
+}
+
+/// The engine of a member that was not told which to use.
+pub static DEFAULT: &BuiltIn = &REDB;
+
+static REDB: BuiltIn = BuiltIn {
+    about: &engine_redb::ABOUT,
+    dir: Some("engine-redb"),
+    open: |dir, options| Ok(Arc::new(engine_redb::Redb::open(dir, options)?)),
+};
+
+static MEMORY: BuiltIn = BuiltIn {
+    about: &engine_memory::ABOUT,
+    dir: None,
+    open: |_, _| Ok(Arc::new(engine_memory::Memory::new())),
+};
+
+/// All of them, the default first.
+pub static ALL: &[&BuiltIn] = &[&REDB, &MEMORY];
+
+/// The engine of this name.
+pub fn find(name: &str) -> Option<&'static BuiltIn> {
+    ALL.iter().copied().find(|engine| engine.name() == name)
+}
+
+/// The names of all, for messages.
+pub fn names() -> String {
+    let names: Vec<&str> = ALL.iter().map(|engine| engine.name()).collect();
+    names.join(", ")
+}
+
+impl BuiltIn {
+    /// The name under which the configuration selects it.
+    pub fn name(&self) -> &'static str {
+        self.about.name
+    }
+
+    /// Where it has its files in a member of this data directory; `None` if it has none.
+    pub fn dir(&self, data_dir: &Path) -> Option<PathBuf> {
+        self.dir.map(|dir| data_dir.join("member").join(dir))
+    }
+
+    /// Opens it in a directory, which is made if it is absent; one without files does not look at it.
+    ///
+    /// # Errors
+    /// Those of the engine, naming the file.
+    pub fn open(&self, dir: &Path, options: &Options) -> Result<Arc<dyn Engine>, EngineError> {
+        (self.open)(dir, options)
+    }
+}
+
+impl PartialEq for BuiltIn {
+    fn eq(&self, other: &Self) -> bool {
+        self.name() == other.name()
+    }
+}
+
+impl Eq for BuiltIn {}
+
+impl fmt::Debug for BuiltIn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "engine {}", self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_found() {
+        for engine in ALL {
+            assert_eq!(find(engine.name()), Some(*engine));
+            // The defaults hold.
+            Options::defaults(engine.about);
+        }
+        let mut names: Vec<&str> = ALL.iter().map(|engine| engine.name()).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), ALL.len());
+        assert_eq!(ALL.first(), Some(&DEFAULT));
+        assert_eq!(find("none"), None);
+    }
+
+    #[test]
+    fn each_opens_in_its_own_directory() {
+        for engine in ALL {
+            let data = tempfile::tempdir().unwrap();
+            let dir = engine.dir(data.path()).unwrap_or_else(|| data.path().to_path_buf());
+            let opened = engine.open(&dir, &Options::defaults(engine.about)).unwrap();
+            assert_eq!(opened.name(), engine.name());
+        }
+    }
+}
