@@ -43,7 +43,7 @@ use crate::core::quota::Quota;
 use crate::core::raft::{Config as RaftConfig, Node, Restored};
 use crate::core::types::{ClusterId, Index, MemberId, Term};
 use crate::core::watch::{Hub, HubOptions};
-use crate::engines;
+use crate::engines::{self, BuiltIn};
 use crate::logging::{self, Logging};
 use crate::metrics::Metrics;
 use crate::storage::install::{InstallError, Installer, OpenEngine};
@@ -230,14 +230,10 @@ fn installer(
     let engine = config.storage.engine;
     let options = engine_api::Options::new(engine.about, &config.storage.engine_options)
         .map_err(|error| StartError::Refused(format!("engine-options: {error}")))?;
-    let dir = engine_dir(config);
+    let dir = engine.dir(&config.member.data_dir);
     let open: OpenEngine = Arc::new(move |dir| engine.open(dir, &options));
-    Ok(Installer::new(disk.clone(), snapshots.clone(), dir, open, server_version()))
-}
-
-/// Where the configured engine has its files; `None` for one without any.
-fn engine_dir(config: &Config) -> Option<PathBuf> {
-    config.storage.engine.dir(&config.member.data_dir)
+    let (disk, snapshots) = (disk.clone(), snapshots.clone());
+    Ok(Installer::new(disk, snapshots, dir, engine.file(), open, server_version()))
 }
 
 /// Refuses a log that begins behind a snapshot when the engine's files are gone. Without a snapshot
@@ -247,7 +243,8 @@ fn check_engine_is_there(
     disk: &SharedDisk,
     installer: &Installer,
 ) -> Result<(), StartError> {
-    let Some(dir) = engine_dir(config).filter(|dir| !dir.exists()) else { return Ok(()) };
+    let data = config.storage.engine.data(&config.member.data_dir);
+    let Some(data) = data.filter(|data| !data.exists()) else { return Ok(()) };
     let wal_dir = config.member.wal_dir();
     let newest = wal_log::read(&**disk, &wal_dir, newest)?;
     let index = newest.start.index();
@@ -255,7 +252,7 @@ fn check_engine_is_there(
         return Err(StartError::Refused(format!(
             "database file ({}) of the backend is missing, but the write-ahead log in {} goes on \
              from a snapshot at index {index}",
-            dir.display(),
+            data.display(),
             wal_dir.display()
         )));
     }
@@ -265,7 +262,6 @@ fn check_engine_is_there(
 /// Refuses directories that are not ours to write to.
 fn check_directory(config: &Config) -> Result<(), StartError> {
     let data_dir = &config.member.data_dir;
-    let member = data_dir.join("member");
     if std::fs::metadata(data_dir).is_ok_and(|found| !found.is_dir()) {
         let source = std::io::ErrorKind::NotADirectory.into();
         return Err(StartError::Dir { path: data_dir.clone(), source });
@@ -276,24 +272,29 @@ fn check_directory(config: &Config) -> Result<(), StartError> {
             data_dir.display()
         )));
     }
-    let engines: Vec<&str> = engines::ALL
+    let wanted = config.storage.engine;
+    let is_there = |engine: &BuiltIn| engine.data(data_dir).is_some_and(|data| data.exists());
+    let others: Vec<&BuiltIn> = engines::ALL
         .iter()
-        .filter(|engine| engine.dir(data_dir).is_some_and(|dir| dir.exists()))
-        .map(|engine| engine.name())
+        .copied()
+        .filter(|engine| *engine != wanted && is_there(engine))
         .collect();
-    if member.join("snap").join("db").exists() && engines.is_empty() {
+    if others == [&engines::BBOLT] && !is_there(wanted) {
         return Err(StartError::Refused(format!(
-            "data directory {} was written by etcd (it holds member/snap/db, a bbolt file); Quorate \
-             does not open it in place: save a snapshot with etcdctl and restore it, or choose \
+            "data directory {} was written by etcd, or by engine {} (it holds member/snap/db, a bbolt \
+             file), but engine {} is configured; save a snapshot with etcdctl and restore it, or choose \
              another --data-dir",
-            data_dir.display()
+            data_dir.display(),
+            engines::BBOLT.name(),
+            wanted.name()
         )));
     }
-    let wanted = config.storage.engine.name();
-    if let Some(other) = engines.iter().find(|name| **name != wanted) {
+    if let Some(other) = others.iter().find(|engine| ***engine != engines::BBOLT) {
         return Err(StartError::Refused(format!(
-            "data directory {} holds the data of engine {other}, but engine {wanted} is configured",
-            data_dir.display()
+            "data directory {} holds the data of engine {}, but engine {} is configured",
+            data_dir.display(),
+            other.name(),
+            wanted.name()
         )));
     }
     Ok(())
@@ -578,7 +579,7 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         bootstrap::RESOLVE_PAUSE,
     )?;
     create_dir(&config.member.data_dir)?;
-    let lock = DataDirLock::take(&*disk, &config.member.data_dir, &config.member.wal_dir())?;
+    let mut lock = DataDirLock::take(&*disk, &config.member.data_dir, &config.member.wal_dir())?;
     let options = listener::Options {
         max_concurrent_streams: config.listen.max_concurrent_streams,
         keepalive_min_time: config.listen.keepalive_min_time,
@@ -598,6 +599,10 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     let dialer = Dialer::new(patience, tls::Client::for_peers(config, Metrics::global())?);
     let birth = bootstrap::birth(config, plan, &dialer, server_version()).await?;
     let snapshots = SnapDir::open(disk.clone(), &config.member.snap_dir())?;
+    if config.storage.engine == &engines::BBOLT {
+        // it locks its file itself
+        lock.release_db();
+    }
     let mut found = read_directory(config, &disk, &snapshots, birth.as_ref())?;
     if config.cluster.force_new && plan == Plan::Restart {
         let applied = found.machine.applied();
@@ -1400,7 +1405,6 @@ mod tests {
 
     use super::*;
     use crate::actors::rig::{CLUSTER, LOCAL, Rig, put, transfer};
-    use crate::engines::BuiltIn;
 
     /// A data directory whose log begins with a snapshot that was received, and goes on for an entry; and
     /// the snapshot's index.

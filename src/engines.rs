@@ -13,6 +13,9 @@ pub struct BuiltIn {
     pub about: &'static About,
     /// Its directory below a member's (`<data-dir>/member`); `None` if it has no files.
     dir: Option<&'static str>,
+    /// The file in it that is the whole engine, where the directory is shared with others; `None` if all
+    /// of the directory is the engine's.
+    file: Option<&'static str>,
     open: Open,
 }
 
@@ -22,17 +25,27 @@ pub static DEFAULT: &BuiltIn = &REDB;
 static REDB: BuiltIn = BuiltIn {
     about: &engine_redb::ABOUT,
     dir: Some("engine-redb"),
+    file: None,
     open: |dir, options| Ok(Arc::new(engine_redb::Redb::open(dir, options)?)),
 };
 
 static MEMORY: BuiltIn = BuiltIn {
     about: &engine_memory::ABOUT,
     dir: None,
+    file: None,
     open: |_, _| Ok(Arc::new(engine_memory::Memory::new())),
 };
 
+/// Where etcd has its database, so that either can go on with what the other has written.
+pub static BBOLT: BuiltIn = BuiltIn {
+    about: &engine_bbolt::ABOUT,
+    dir: Some("snap"),
+    file: Some(engine_bbolt::DATA),
+    open: |dir, options| Ok(Arc::new(engine_bbolt::Bbolt::open(dir, options)?)),
+};
+
 /// All of them, the default first.
-pub static ALL: &[&BuiltIn] = &[&REDB, &MEMORY];
+pub static ALL: &[&BuiltIn] = &[&REDB, &BBOLT, &MEMORY];
 
 /// The engine of this name.
 pub fn find(name: &str) -> Option<&'static BuiltIn> {
@@ -54,6 +67,17 @@ impl BuiltIn {
     /// Where it has its files in a member of this data directory; `None` if it has none.
     pub fn dir(&self, data_dir: &Path) -> Option<PathBuf> {
         self.dir.map(|dir| data_dir.join("member").join(dir))
+    }
+
+    /// The file in [`BuiltIn::dir`] that is the whole engine, or `None` if all of the directory is.
+    pub fn file(&self) -> Option<&'static str> {
+        self.file
+    }
+
+    /// What there is once the engine has been opened in this data directory; `None` if it has no files.
+    pub fn data(&self, data_dir: &Path) -> Option<PathBuf> {
+        let dir = self.dir(data_dir)?;
+        Some(self.file.map_or(dir.clone(), |file| dir.join(file)))
     }
 
     /// Opens it in a directory, which is made if it is absent; one without files does not look at it.
@@ -105,6 +129,7 @@ mod tests {
             let dir = engine.dir(data.path()).unwrap_or_else(|| data.path().to_path_buf());
             let opened = engine.open(&dir, &Options::defaults(engine.about)).unwrap();
             assert_eq!(opened.name(), engine.name());
+            assert!(engine.data(data.path()).is_none_or(|path| path.exists()), "{engine:?}");
         }
     }
 }

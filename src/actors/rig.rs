@@ -106,7 +106,7 @@ pub fn installer(disk: SharedDisk, dir: &Path, persistent: bool) -> Installer {
         false => Arc::new(|_| Ok(Arc::new(engine_memory::Memory::new()))),
     };
     let engine = persistent.then(|| dir.join("engine-redb"));
-    Installer::new(disk, snaps, engine, open, version())
+    Installer::new(disk, snaps, engine, None, open, version())
 }
 
 /// Forgets all logins.
