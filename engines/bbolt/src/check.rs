@@ -136,7 +136,9 @@ fn note_children(bytes: &[u8], below: &mut Vec<u64>) -> Result<(), PageDamage> {
                 return Err(PageDamage::NotABucket { index });
             }
             match u64_at(value, 0) {
-                0 => drop(Page::check(&value[BUCKET_BYTES..])?),
+                0 => {
+                    Page::check(&value[BUCKET_BYTES..])?;
+                }
                 root => below.push(root),
             }
         }

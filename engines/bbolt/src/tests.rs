@@ -633,7 +633,7 @@ fn a_page_that_leads_to_itself_is_reported() {
     drop(view);
     drop(engine);
     // where the free pages have to be found, opening finds it out
-    fs::write(&data, &without_freelist(image)).unwrap();
+    fs::write(&data, without_freelist(image)).unwrap();
     let error = error_of(dir.path());
     assert!(error.to_string().contains("two trees"), "{error}");
 }
