@@ -1482,7 +1482,7 @@ mod tests {
         let (_dir, config, snapshots, index) = received(engines::DEFAULT);
         let disk: SharedDisk = Arc::new(OsDisk);
         drop(installer(&config, &disk, &snapshots).unwrap().open().unwrap());
-        let engine = engine_dir(&config).unwrap();
+        let engine = config.storage.engine.dir(&config.member.data_dir).unwrap();
         std::fs::rename(&engine, engine.with_file_name("engine-redb.replaced")).unwrap();
         check(&read(&config, &snapshots).unwrap(), index);
         assert!(!engine.with_file_name("engine-redb.replaced").exists());
