@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use actix::prelude::*;
 use axum::Router;
-use engine_api::{Engine, Table};
+use engine_api::{Durability, Engine, Table};
 use nix::sys::signal::{SigHandler, Signal};
 use quorate_proto::{membershippb, walpb};
 use tokio::signal::unix::{SignalKind, signal};
@@ -29,7 +29,7 @@ use crate::actors::snapshot::{self, Snapshotter};
 use crate::actors::spawn::{Seat, arbiter};
 use crate::actors::wal::{self, Close, WalWriter};
 use crate::actors::watch::WatchHub;
-use crate::bootstrap::{self, Birth, BootstrapError, Plan};
+use crate::bootstrap::{self, Birth, BootstrapError, Plan, adopt};
 use crate::cli::ETCD_VERSION;
 use crate::config::duration::GoDuration;
 use crate::config::{Config, ConfigError, Gate, Origins, Retention, Url};
@@ -427,6 +427,18 @@ fn read_directory(
             wal_dir.display(),
             recovered.last_index
         )));
+    }
+    if applied.0 > 0 && machine.term().0 == 0 {
+        let snapshot = installer.received(&recovered.start, &recovered.snapshots)?;
+        let batch = adopt::mend(&machine.members, applied, &snapshot, &recovered.entries)?;
+        engine.commit(&batch, Durability::Durable)?;
+        let restored = machine.replaced_by(&*engine.view()?)?;
+        (machine, unfinished) = (restored.machine, restored.unfinished);
+        tracing::info!(
+            "applied-index" = applied.0,
+            members = machine.members.members().len(),
+            "took over the directory of an etcd of before 3.5"
+        );
     }
     if let Some(torn) = &recovered.torn {
         tracing::warn!(

@@ -359,12 +359,15 @@ fn a_full_disk_is_told_and_leaves_the_target_as_it_was() {
             while running.0.try_wait().unwrap().is_none() && !home.exists().unwrap() {
                 std::thread::yield_now();
             }
+            // It stands still until the disk is full.
+            kill(Pid::from_raw(running.0.id() as i32), Signal::SIGSTOP).ok();
             let full = std::io::copy(
                 &mut std::io::repeat(1),
                 &mut std::fs::File::create(&filler).unwrap(),
             );
             let error = full.expect_err("the disk has an end");
             assert_eq!(error.kind(), std::io::ErrorKind::StorageFull);
+            kill(Pid::from_raw(running.0.id() as i32), Signal::SIGCONT).ok();
             let status = running.0.wait().unwrap();
             let mut said = String::new();
             std::io::Read::read_to_string(running.0.stderr.as_mut().unwrap(), &mut said).unwrap();
