@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use actix::prelude::*;
 use axum::Router;
-use engine_api::{Engine, Table};
+use engine_api::{Durability, Engine, Table};
 use nix::sys::signal::{SigHandler, Signal};
 use quorate_proto::{membershippb, walpb};
 use tokio::signal::unix::{SignalKind, signal};
@@ -29,7 +29,7 @@ use crate::actors::snapshot::{self, Snapshotter};
 use crate::actors::spawn::{Seat, arbiter};
 use crate::actors::wal::{self, Close, WalWriter};
 use crate::actors::watch::WatchHub;
-use crate::bootstrap::{self, Birth, BootstrapError, Plan};
+use crate::bootstrap::{self, Birth, BootstrapError, Plan, adopt};
 use crate::cli::ETCD_VERSION;
 use crate::config::duration::GoDuration;
 use crate::config::{Config, ConfigError, Gate, Origins, Retention, Url};
@@ -66,6 +66,7 @@ use crate::transport::peer::snapshot::{FromEngine, Snapshots};
 use crate::transport::socket::{Secured, Security};
 use crate::transport::tls::{self, TlsError};
 use crate::transport::token::{SystemClock, Tokens};
+use crate::utl::convert::CONVERTING;
 
 /// File descriptors that are kept for everything but client connections (operations 1.4).
 const RESERVED_FILES: u64 = 150;
@@ -230,14 +231,9 @@ fn installer(
     let engine = config.storage.engine;
     let options = engine_api::Options::new(engine.about, &config.storage.engine_options)
         .map_err(|error| StartError::Refused(format!("engine-options: {error}")))?;
-    let dir = engine_dir(config);
+    let home = engine.home(&config.member.data_dir);
     let open: OpenEngine = Arc::new(move |dir| engine.open(dir, &options));
-    Ok(Installer::new(disk.clone(), snapshots.clone(), dir, open, server_version()))
-}
-
-/// Where the configured engine has its files; `None` for one without any.
-fn engine_dir(config: &Config) -> Option<PathBuf> {
-    config.storage.engine.dir(&config.member.data_dir)
+    Ok(Installer::new(disk.clone(), snapshots.clone(), home, open, server_version()))
 }
 
 /// Refuses a log that begins behind a snapshot when the engine's files are gone. Without a snapshot
@@ -247,7 +243,11 @@ fn check_engine_is_there(
     disk: &SharedDisk,
     installer: &Installer,
 ) -> Result<(), StartError> {
-    let Some(dir) = engine_dir(config).filter(|dir| !dir.exists()) else { return Ok(()) };
+    let data_dir = &config.member.data_dir;
+    let Some(home) = config.storage.engine.home(data_dir) else { return Ok(()) };
+    if home.exists().map_err(|source| StartError::Dir { path: home.path(), source })? {
+        return Ok(());
+    }
     let wal_dir = config.member.wal_dir();
     let newest = wal_log::read(&**disk, &wal_dir, newest)?;
     let index = newest.start.index();
@@ -255,7 +255,7 @@ fn check_engine_is_there(
         return Err(StartError::Refused(format!(
             "database file ({}) of the backend is missing, but the write-ahead log in {} goes on \
              from a snapshot at index {index}",
-            dir.display(),
+            home.path().display(),
             wal_dir.display()
         )));
     }
@@ -276,27 +276,46 @@ fn check_directory(config: &Config) -> Result<(), StartError> {
             data_dir.display()
         )));
     }
-    let engines: Vec<&str> = engines::ALL
-        .iter()
-        .filter(|engine| engine.dir(data_dir).is_some_and(|dir| dir.exists()))
-        .map(|engine| engine.name())
-        .collect();
-    if member.join("snap").join("db").exists() && engines.is_empty() {
+    if data_dir.join(CONVERTING).exists() {
         return Err(StartError::Refused(format!(
-            "data directory {} was written by etcd (it holds member/snap/db, a bbolt file); Quorate \
-             does not open it in place: save a snapshot with etcdctl and restore it, or choose \
+            "data directory {} holds a conversion that has not come to its end ({CONVERTING}): let \
+             `quorate utl engine convert` do it again, or remove the directory",
+            data_dir.display()
+        )));
+    }
+    let wanted = config.storage.engine;
+    let present = engines::present(data_dir)
+        .map_err(|source| StartError::Dir { path: data_dir.clone(), source })?;
+    let etcds = member.join("snap").join("db");
+    if engines::etcds().is_none() && present.is_empty() && etcds.exists() {
+        return Err(StartError::Refused(format!(
+            "data directory {} was written by etcd (it holds member/snap/db, a bbolt file), and no \
+             engine of this build reads that: save a snapshot with etcdctl and restore it, or choose \
              another --data-dir",
             data_dir.display()
         )));
     }
-    let wanted = config.storage.engine.name();
-    if let Some(other) = engines.iter().find(|name| **name != wanted) {
-        return Err(StartError::Refused(format!(
-            "data directory {} holds the data of engine {other}, but engine {wanted} is configured",
-            data_dir.display()
-        )));
-    }
-    Ok(())
+    let Some(other) = present.iter().find(|engine| **engine != wanted) else { return Ok(()) };
+    let whose = match engines::etcds() == Some(other) {
+        true => format!("engine {}, or was written by etcd", other.name()),
+        false => format!("engine {}", other.name()),
+    };
+    let convert = match wanted.home(data_dir) {
+        None => String::new(),
+        Some(_) => format!(
+            ", or convert it into a new directory: quorate utl engine convert --from-dir {} --to-dir \
+             NEW --engine {}",
+            data_dir.display(),
+            wanted.name()
+        ),
+    };
+    Err(StartError::Refused(format!(
+        "data directory {} holds the data of {whose}, but engine {} is configured: start with --engine \
+         {}{convert}",
+        data_dir.display(),
+        wanted.name(),
+        other.name(),
+    )))
 }
 
 fn create_dir(path: &Path) -> Result<(), StartError> {
@@ -408,6 +427,18 @@ fn read_directory(
             wal_dir.display(),
             recovered.last_index
         )));
+    }
+    if applied.0 > 0 && machine.term().0 == 0 {
+        let snapshot = installer.received(&recovered.start, &recovered.snapshots)?;
+        let batch = adopt::mend(&machine.members, applied, &snapshot, &recovered.entries)?;
+        engine.commit(&batch, Durability::Durable)?;
+        let restored = machine.replaced_by(&*engine.view()?)?;
+        (machine, unfinished) = (restored.machine, restored.unfinished);
+        tracing::info!(
+            "applied-index" = applied.0,
+            members = machine.members.members().len(),
+            "took over the directory of an etcd of before 3.5"
+        );
     }
     if let Some(torn) = &recovered.torn {
         tracing::warn!(
@@ -578,7 +609,7 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         bootstrap::RESOLVE_PAUSE,
     )?;
     create_dir(&config.member.data_dir)?;
-    let lock = DataDirLock::take(&*disk, &config.member.data_dir, &config.member.wal_dir())?;
+    let mut lock = DataDirLock::take(&*disk, &config.member.data_dir, &config.member.wal_dir())?;
     let options = listener::Options {
         max_concurrent_streams: config.listen.max_concurrent_streams,
         keepalive_min_time: config.listen.keepalive_min_time,
@@ -598,6 +629,10 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     let dialer = Dialer::new(patience, tls::Client::for_peers(config, Metrics::global())?);
     let birth = bootstrap::birth(config, plan, &dialer, server_version()).await?;
     let snapshots = SnapDir::open(disk.clone(), &config.member.snap_dir())?;
+    if engines::etcds() == Some(config.storage.engine) {
+        // It locks its file itself, and would find it locked.
+        lock.release_db();
+    }
     let mut found = read_directory(config, &disk, &snapshots, birth.as_ref())?;
     if config.cluster.force_new && plan == Plan::Restart {
         let applied = found.machine.applied();
@@ -1459,7 +1494,7 @@ mod tests {
         let (_dir, config, snapshots, index) = received(engines::DEFAULT);
         let disk: SharedDisk = Arc::new(OsDisk);
         drop(installer(&config, &disk, &snapshots).unwrap().open().unwrap());
-        let engine = engine_dir(&config).unwrap();
+        let engine = config.storage.engine.dir(&config.member.data_dir).unwrap();
         std::fs::rename(&engine, engine.with_file_name("engine-redb.replaced")).unwrap();
         check(&read(&config, &snapshots).unwrap(), index);
         assert!(!engine.with_file_name("engine-redb.replaced").exists());

@@ -34,6 +34,7 @@ use crate::core::quota::Quota;
 use crate::core::raft::{Config, MSG_APP, MSG_SNAP, Node, Restored};
 use crate::core::types::{ClusterId, Index, MemberId, Term};
 use crate::core::watch::{Hub, HubOptions};
+use crate::storage::home::Home;
 use crate::storage::install::{Installer, OpenEngine};
 use crate::storage::snap_dir::SnapDir;
 use crate::storage::wal_log::WalLog;
@@ -105,7 +106,7 @@ pub fn installer(disk: SharedDisk, dir: &Path, persistent: bool) -> Installer {
         true => open_redb(),
         false => Arc::new(|_| Ok(Arc::new(engine_memory::Memory::new()))),
     };
-    let engine = persistent.then(|| dir.join("engine-redb"));
+    let engine = persistent.then(|| Home::own(dir.join("engine-redb")));
     Installer::new(disk, snaps, engine, open, version())
 }
 

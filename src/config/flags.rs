@@ -264,8 +264,8 @@ pub const FLAGS: &[Flag] = &[
     flag("unsafe-no-fsync", Group::Checks, Key::Same, |c| Slot::Bool(&mut c.storage.unsafe_no_fsync), "Never wait for the disk. A crash loses data."),
     flag("config-file", Group::Process, Key::None, |c| Slot::Text(&mut c.given.config_file), "File with all settings; every other flag and variable is then without effect."),
     flag("version", Group::Process, Key::None, |c| Slot::Bool(&mut c.given.version), "Print the version and end."),
-    flag("engine", Group::Own, Key::Same, |c| Slot::Text(&mut c.given.engine), "Storage engine: memory or redb."),
-    flag("engine-options", Group::Own, Key::Same, |c| Slot::Options(&mut c.storage.engine_options), "Settings of the engine."),
+    flag("engine", Group::Own, Key::Same, |c| Slot::Text(&mut c.given.engine), "Storage engine; `quorate engines` lists them. A data directory belongs to the engine that made it."),
+    flag("engine-options", Group::Own, Key::Same, |c| Slot::Options(&mut c.storage.engine_options), "Settings of the engine, which `quorate engines` lists."),
     flag("max-connection-age", Group::Own, Key::Same, |c| Slot::Duration(&mut c.listen.connection_age), "Time after which a client's connection is asked to end, so that clients spread anew; 0 never asks."),
     flag("max-connection-age-grace", Group::Own, Key::Same, |c| Slot::Duration(&mut c.listen.connection_age_grace), "Time that its calls have after that; 0 for as long as they take."),
 ];
