@@ -19,5 +19,6 @@ mod refuse;
 mod rig;
 mod scenario;
 mod snapshot;
+mod space;
 #[path = "../tmpfs/mod.rs"]
 mod tmpfs;

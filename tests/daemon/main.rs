@@ -3,6 +3,7 @@
 mod conflict;
 mod crash;
 mod damage;
+mod defragment;
 mod full;
 mod limits;
 #[path = "../page/mod.rs"]
@@ -10,6 +11,7 @@ mod page;
 mod pages;
 mod process;
 mod signals;
+mod space;
 #[path = "../tmpfs/mod.rs"]
 mod tmpfs;
 mod words;
