@@ -8,7 +8,7 @@ use quorate::core::apply::{Effects, Machine};
 use quorate::core::command::{Command, Request};
 use quorate::core::membership::{Membership, Version};
 use quorate::core::mvcc::Values;
-use quorate::core::quota::Quota;
+use quorate::core::quota::{Quota, Sizes};
 use quorate::core::types::{ClusterId, MemberId};
 use quorate_proto::{etcdserverpb as pb, raftpb};
 
@@ -44,7 +44,8 @@ fn apply(machine: &mut Machine, engine: &Memory, from: u64, batch: u64, keys: u6
     let mut effects = Effects::default();
     for index in from..from + batch {
         let entry = entry(index, index % keys);
-        let outcome = machine.apply(&values, &entry, |_| true, Quota(None), || 0, &mut effects);
+        let outcome =
+            machine.apply(&values, &entry, |_| true, Quota::OFF, Sizes::default, &mut effects);
         assert!(matches!(outcome, Ok(Some(outcome)) if outcome.result.is_ok()));
     }
     black_box((machine.store.now().clone(), effects));

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use actix::prelude::*;
 use axum::Router;
-use engine_api::{Durability, Engine, Table};
+use engine_api::{Durability, Engine, Reclaim, Table};
 use nix::sys::signal::{SigHandler, Signal};
 use quorate_proto::{membershippb, walpb};
 use tokio::signal::unix::{SignalKind, signal};
@@ -21,7 +21,7 @@ use crate::actors::disk::{OsDisk, SharedDisk};
 use crate::actors::exit::{Exit, Reason, full};
 use crate::actors::integrity::{self, Integrity, Peers};
 use crate::actors::lease::LeaseManager;
-use crate::actors::monitor::{Monitor, server_versions};
+use crate::actors::monitor::{AlarmOptions, Monitor, server_versions};
 use crate::actors::peers;
 use crate::actors::raft::{self, Abandon, AdvanceTicks, RaftActor, RequestError};
 use crate::actors::shared::{Published, Shared};
@@ -39,7 +39,6 @@ use crate::core::cluster_version;
 use crate::core::command::{Command, Request};
 use crate::core::lease::{CHECKPOINT_INTERVAL_MS, LessorOptions, min_ttl};
 use crate::core::membership::{Membership, Version};
-use crate::core::quota::Quota;
 use crate::core::raft::{Config as RaftConfig, Node, Restored};
 use crate::core::types::{ClusterId, Index, MemberId, Term};
 use crate::core::watch::{Hub, HubOptions};
@@ -198,6 +197,8 @@ struct Daemon {
     config: Config,
     member: Arc<Member>,
     peers: Arc<dyn Peers>,
+    /// The last index in the log when this member started.
+    log_end: Index,
     wal: Addr<WalWriter>,
     exits: mpsc::UnboundedReceiver<Reason>,
     listeners: Vec<Listener>,
@@ -647,7 +648,12 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         return Err(StartError::Removed);
     }
     let threshold = config.storage.bootstrap_defrag_threshold_mib << 20;
-    if threshold > 0 {
+    if threshold > 0 && found.engine.about().reclaim == Reclaim::Never {
+        tracing::warn!(
+            engine = found.engine.name(),
+            "not defragmented before serving: the engine cannot give space back"
+        );
+    } else if threshold > 0 {
         let free = found.engine.size()?.saturating_sub(found.engine.size_in_use()?);
         if free >= threshold {
             let reclaimed = found.engine.reclaim()?;
@@ -679,6 +685,7 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         let checked = integrity::check_at_start(&shared, &*peers, timeout).await;
         checked.map_err(StartError::Refused)?;
     }
+    let log_end = Index(found.recovered.last_index);
     let mut running = Running { arbiters: Vec::new() };
     let peers_thread = running.arbiter("peers");
     let Started { member, wal, door } = running.start_actors(
@@ -729,6 +736,7 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         peer_workers,
         options,
         arbiters: running.arbiters,
+        log_end,
         _lock: lock,
     })
 }
@@ -830,7 +838,7 @@ impl Running {
         let snapshot_seat = Seat::<Snapshotter>::new(16);
         let network_seat = Seat::<Network>::new(peers::MAILBOX);
         let election = Duration::from_millis(config.raft.election_ms);
-        let quota = Quota(config.storage.quota_bytes);
+        let quota = config.storage.quota();
 
         let member = Arc::new(Member {
             shared: shared.clone(),
@@ -915,8 +923,9 @@ impl Running {
 
         let committer = committer_seat.addr();
         let (to_applier, exit_committer) = (applier_seat.addr().recipient(), exit.clone());
+        let shared_committer = shared.clone();
         committer_seat.start_in(&self.arbiter("committer"), move || {
-            BatchCommitter::new(to_applier, exit_committer)
+            BatchCommitter::new(to_applier, shared_committer, exit_committer)
         });
 
         let persistent = found.installer.is_persistent();
@@ -1055,7 +1064,10 @@ fn show_identity(shared: &Shared, config: &Config) {
         let on = f64::from(u8::from(config.gates.enabled(*gate)));
         metrics.feature_enabled.with(&[gate.name(), gate.stage().label()]).set(on);
     }
-    metrics.quota_backend_bytes.set(config.storage.quota_bytes.map_or(-1.0, |bytes| bytes as f64));
+    let or_none = |bytes: Option<u64>| bytes.map_or(-1.0, |bytes| bytes as f64);
+    let quota = config.storage.quota();
+    metrics.quota_backend_bytes.set(or_none(quota.live));
+    metrics.quota_physical_bytes.set(or_none(quota.physical));
     if config.observe.metrics == crate::config::MetricsDetail::Extensive {
         metrics.time_grpc_calls();
     }
@@ -1118,6 +1130,11 @@ impl Daemon {
             self.peers.clone(),
             server_version(),
             self.config.raft.request_timeout(),
+            AlarmOptions {
+                auto_disarm: self.config.storage.auto_disarm_nospace,
+                quota: self.member.limits.quota,
+                log_end: self.log_end,
+            },
         )
         .start();
         let interval = |time: Duration| (!time.is_zero()).then_some(time);
@@ -1227,6 +1244,7 @@ impl Daemon {
         let deadline = Instant::now() + self.config.raft.request_timeout();
         stop.send_replace(true);
         self.member.stopping.send_replace(true);
+        self.member.shared.published.load().engine.cancel_reclaim();
         while self.workers.connections() > 0 && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }

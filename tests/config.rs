@@ -348,7 +348,8 @@ fn a_file_with_wrong_values_is_refused_by_key() {
         ("initial-cluster-state: old", r#"unexpected clusterState "old""#),
         (
             "quorate: {engin: redb}",
-            "unknown key engin (known are engine, engine-options, max-connection-age, max-connection-age-grace)",
+            "unknown key engin (known are engine, engine-options, quota-physical-bytes, auto-disarm-nospace, \
+             max-connection-age, max-connection-age-grace)",
         ),
         ("engine: redb\nquorate: {engine: redb}", "engine is set twice"),
         (

@@ -172,7 +172,8 @@ impl Rig {
         };
         let snapshotter =
             Snapshotter::new(disk, snapshots.clone(), wal.clone(), exit.clone(), options).start();
-        let committer = BatchCommitter::new(applier.clone().recipient(), exit.clone()).start();
+        let committer =
+            BatchCommitter::new(applier.clone().recipient(), shared.clone(), exit.clone()).start();
         let links = applier::Links {
             shared: shared.clone(),
             raft: raft.clone(),
@@ -193,7 +194,7 @@ impl Rig {
         let options = applier::Options {
             batch_interval: Duration::from_millis(5),
             batch_limit: 100,
-            quota: Quota(None),
+            quota: Quota::OFF,
             snapshot_count: 10_000,
             snapshot_index: Index(0),
             warning_apply: PATIENCE,

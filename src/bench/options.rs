@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum, value_parser};
 use serde::{Serialize, Serializer};
 
 use super::client::{Credentials, Endpoint};
-use super::session::{Budget, Compact, Shape};
+use super::session::{Budget, Compact, During, Shape};
 use super::wire::RangeShape;
 use super::work::{Keys, STAMP, Watching, Work};
 
@@ -135,6 +135,16 @@ pub struct CompactOptions {
     pub compact_index_delta: i64,
 }
 
+/// What an operator does to a server under load.
+#[derive(ValueEnum, Serialize, Debug, Clone, Copy, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum Disturbance {
+    /// Compact each second, all but the revisions that --compact-index-delta keeps
+    Compaction,
+    /// Defragment each endpoint, again a second later
+    Defragment,
+}
+
 /// How a read is confirmed.
 #[derive(ValueEnum, Serialize, Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Consistency {
@@ -158,6 +168,10 @@ pub struct Put {
     #[command(flatten)]
     #[serde(flatten)]
     pub compact: CompactOptions,
+    /// Do this over and over in one half of each turn, and nothing in the other one; puts of both halves are
+    /// told apart. A defragmentation that has begun is waited for
+    #[arg(long, value_enum, value_delimiter = ',', conflicts_with_all = ["compact_interval", "logins"])]
+    pub during: Vec<Disturbance>,
     /// Logins per second beside the puts, on connections of their own
     #[arg(long, requires = "user", value_parser = rate)]
     pub logins: Option<f64>,
@@ -314,9 +328,18 @@ impl Command {
             Command::Put(put) => {
                 let keys = keys(&put.keys, put.keys.key_space_size)?;
                 let logins = put.logins.filter(|&rate| rate > 0.0);
-                let work = Work::Put { logins: logins.is_some() };
+                let work = match put.during[..] {
+                    [] => Work::Put { logins: logins.is_some() },
+                    _ => Work::PutDuring,
+                };
                 let mut plan = plan("put", &put.common, work, keys, put.values.val_size)?;
                 plan.shape.logins = logins;
+                let has = |what| put.during.contains(&what);
+                plan.shape.during = During {
+                    compaction: has(Disturbance::Compaction)
+                        .then_some(put.compact.compact_index_delta),
+                    defragment: has(Disturbance::Defragment),
+                };
                 plan.compact(&put.compact)
             }
             Command::Range(range) => {
@@ -440,6 +463,7 @@ fn plan(
         compact: None,
         user: common.user.clone(),
         logins: None,
+        during: During::default(),
         dial_timeout: nonzero(common.dial_timeout, "--dial-timeout")?,
         stall_timeout: nonzero(common.stall_timeout, "--stall-timeout")?,
     };
@@ -548,5 +572,9 @@ mod tests {
             panic!("not mixed")
         };
         assert_eq!(reads, 0.75);
+        assert_eq!(put.work, Work::Put { logins: false });
+        let during = planned("put --during defragment,compaction --compact-index-delta 5").unwrap();
+        assert_eq!(during.work, Work::PutDuring);
+        assert_eq!(during.shape.during, During { compaction: Some(5), defragment: true });
     }
 }

@@ -166,7 +166,7 @@ pub const FLAGS: &[Flag] = &[
     flag("listen-metrics-urls", Group::Member, Key::Same, |c| Slot::Urls(&mut c.listen.metrics_urls), "Further addresses for metrics and health alone."),
     flag("max-snapshots", Group::Member, Key::Same, |c| Slot::Uint(&mut c.raft.max_snapshots), "Raft snapshot files kept; 0 keeps all."),
     flag("max-wals", Group::Member, Key::Same, |c| Slot::Uint(&mut c.raft.max_wals), "Write-ahead log files kept; 0 keeps all."),
-    flag("quota-backend-bytes", Group::Member, Key::Same, |c| Slot::Int(&mut c.given.quota_bytes), "Backend size in bytes at which writes are refused until space is reclaimed; 0 stands for the default, less than 0 for no limit."),
+    flag("quota-backend-bytes", Group::Member, Key::Same, |c| Slot::Int(&mut c.given.quota_bytes), "Live bytes in the backend at which writes are refused until space is made; 0 stands for the default, less than 0 for no limit."),
     flag("backend-bbolt-freelist-type", Group::Member, Key::Same, |c| Slot::Text(&mut c.storage.freelist_type), "How a bbolt file keeps its free pages: map or array."),
     flag("backend-batch-interval", Group::Member, Key::Same, |c| Slot::Duration(&mut c.storage.batch_interval), "Longest wait before a batch is committed to the engine; 0 stands for the default."),
     flag("backend-batch-limit", Group::Member, Key::Same, |c| Slot::Int(&mut c.given.batch_limit), "Most operations in a batch; 0 stands for the default."),
@@ -266,6 +266,8 @@ pub const FLAGS: &[Flag] = &[
     flag("version", Group::Process, Key::None, |c| Slot::Bool(&mut c.given.version), "Print the version and end."),
     flag("engine", Group::Own, Key::Same, |c| Slot::Text(&mut c.given.engine), "Storage engine; `quorate engines` lists them. A data directory belongs to the engine that made it."),
     flag("engine-options", Group::Own, Key::Same, |c| Slot::Options(&mut c.storage.engine_options), "Settings of the engine, which `quorate engines` lists."),
+    flag("quota-physical-bytes", Group::Own, Key::Same, |c| Slot::Int(&mut c.given.quota_physical_bytes), "Bytes of disk at which writes are refused as well; 0 stands for twice --quota-backend-bytes and at least 1 GiB more, less than 0 for no limit."),
+    flag("auto-disarm-nospace", Group::Own, Key::Same, |c| Slot::Bool(&mut c.storage.auto_disarm_nospace), "A member lifts its own NOSPACE alarm when both sizes are below 90% of their limits."),
     flag("max-connection-age", Group::Own, Key::Same, |c| Slot::Duration(&mut c.listen.connection_age), "Time after which a client's connection is asked to end, so that clients spread anew; 0 never asks."),
     flag("max-connection-age-grace", Group::Own, Key::Same, |c| Slot::Duration(&mut c.listen.connection_age_grace), "Time that its calls have after that; 0 for as long as they take."),
 ];
