@@ -14,8 +14,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use engine_api::{Batch, Durability, Engine, Table};
 
+use crate::Rng;
 use crate::cases::{Rows, all_rows, revision_key};
-use crate::rng::{Rng, each_seed};
+use crate::seeds::each_seed;
 
 const ROUNDS: u64 = 30;
 const DIR: &str = "ENGINE_CRASH_DIR";

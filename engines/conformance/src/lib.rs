@@ -24,12 +24,12 @@ pub mod crash;
 mod failing;
 mod mirror;
 mod model;
-mod rng;
+mod seeds;
 
+pub use engine_powerloss::Rng;
 pub use failing::Failing;
 pub use mirror::Mirror;
 pub use model::Model;
-pub use rng::Rng;
 
 /// The tests that an engine must pass; see the crate's documentation.
 #[macro_export]
