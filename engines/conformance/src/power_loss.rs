@@ -75,7 +75,7 @@ pub fn power_loss_keeps_what_was_durable<E: Engine>(module: &str, open: impl Fn(
 fn lose_repeatedly<E: Engine>(seed: u64, module: &str, open: &impl Fn(&Path) -> E) {
     let mut rng = Rng::new(seed);
     let (mut disk, mut base) = (temp_dir(), 0);
-    let (mut round, mut at_stake, mut kept) = (0, 0, 0);
+    let (mut round, mut risky, mut kept) = (0, 0, 0);
     let rounds = crash_rounds(ROUNDS);
     while round < rounds {
         let log = live(seed, &mut rng, module, disk.path());
@@ -85,7 +85,7 @@ fn lose_repeatedly<E: Engine>(seed: u64, module: &str, open: &impl Fn(&Path) -> 
                 format!("seed {seed}, round {round}, cut at {} of {:?}", loss.cut, log.cuts());
             let evidence = Evidence(loss);
             let image = temp_dir();
-            at_stake += loss.build(image.path());
+            risky += u64::from(loss.build(image.path()) > 0);
             let found = examine(loss, base, image.path(), open, &context);
             drop(evidence);
             kept += u64::from(loss.last(KEPT).is_some());
@@ -98,8 +98,8 @@ fn lose_repeatedly<E: Engine>(seed: u64, module: &str, open: &impl Fn(&Path) -> 
         }
     }
     // or nothing has been tested
-    assert!(at_stake as u64 > 3 * rounds, "only {at_stake} changes were at stake");
-    assert!(kept > rounds / 4, "only {kept} of {rounds} losses came after a durable commit");
+    assert!(risky >= rounds / 4, "something was at stake in {risky} of {rounds} losses only");
+    assert!(kept >= rounds / 4, "only {kept} of {rounds} losses came after a durable commit");
 }
 
 /// One run of the writer.
@@ -113,35 +113,28 @@ fn live(seed: u64, rng: &mut Rng, module: &str, disk: &Path) -> Log {
     stderr.read_to_string(&mut said).expect("what the writer says");
     let (log, status) = traced.wait().unwrap_or_else(|error| panic!("seed {seed}: {error}"));
     assert!(status.success(), "seed {seed}: the writer ended with {status}: {said}");
-    assert!(log.syncs() > 0, "seed {seed}: the writer has synced nothing");
+    assert!(log.syncs().next().is_some(), "seed {seed}: the writer has synced nothing");
     log
 }
 
-/// A moment for the power to go: anywhere, but often while the engine opens, and often just when a commit has
-/// been acknowledged.
+/// A moment for the power to go: anywhere, but often while the engine opens, while it waits for a sync, and
+/// just when a commit has been acknowledged.
 fn cut(log: &Log, rng: &mut Rng) -> usize {
-    let (start, end) = (*log.cuts().start(), *log.cuts().end());
     let places = |kind| -> Vec<usize> {
         log.marks()
             .filter(|(_, mark)| number_in(mark, kind).is_some())
             .map(|(at, _)| at + 1)
             .collect()
     };
-    match rng.below(8) {
-        0 => end,
-        1 | 2 => {
-            let open = places(OPEN)[0];
-            start + rng.below((open - start) as u64) as usize
-        }
-        3 | 4 => {
-            let kept = places(KEPT);
-            match kept.len() as u64 {
-                0 => end,
-                len => kept[rng.below(len) as usize],
-            }
-        }
-        _ => start + rng.below((end - start + 1) as u64) as usize,
-    }
+    let chosen: Vec<usize> = match rng.below(8) {
+        0 => vec![*log.cuts().end()],
+        1 => (*log.cuts().start()..places(OPEN)[0]).collect(),
+        2 | 3 => places(KEPT),
+        4 | 5 => log.syncs().collect(),
+        _ => Vec::new(),
+    };
+    let chosen = if chosen.is_empty() { log.cuts().collect() } else { chosen };
+    chosen[rng.below(chosen.len() as u64) as usize]
 }
 
 /// Opens the engine on a disk that has lost its power, checks it and goes on with it. Answers the last batch

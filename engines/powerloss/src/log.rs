@@ -81,8 +81,9 @@ impl Log {
         })
     }
 
-    /// How many syncs have succeeded.
-    pub fn syncs(&self) -> usize {
-        self.events.iter().filter(|event| matches!(event, Event::SyncEnd(_))).count()
+    /// The cuts just before a sync succeeded, where most is at stake.
+    pub fn syncs(&self) -> impl Iterator<Item = usize> {
+        let ends = self.events.iter().enumerate().skip(self.start);
+        ends.filter(|(_, event)| matches!(event, Event::SyncEnd(_))).map(|(at, _)| at)
     }
 }
