@@ -116,6 +116,11 @@ const PROGRAMS: &[(&str, fn(&Path))] = &[
         // SAFETY: no memory is involved
         unsafe { libc::sync() };
     }),
+    ("traces", |dir| {
+        // a process has one tracer, which this one and its children have already
+        let error = trace(Command::new("/bin/true"), dir).unwrap_err();
+        assert!(error.to_string().contains("must permit ptrace"), "{error}");
+    }),
     ("waits", |dir| {
         write_synced(&dir.join("file"));
         sync(dir);
@@ -450,6 +455,12 @@ fn a_program_that_is_killed_leaves_its_log() {
     assert!(!status.success());
     let (into, _) = image(&log, mark_at(&log, "done"), 1, Metadata::Posix);
     assert!(fs::read(into.path().join("file")).unwrap() == NEW);
+}
+
+/// As in a container that does not permit it: nothing may seem to be tested then.
+#[test]
+fn a_system_that_does_not_permit_to_trace_is_an_error() {
+    run("traces", tempfile::tempdir().unwrap().path());
 }
 
 #[test]
