@@ -16,6 +16,14 @@
 //! An engine that promises that buffered commits survive an orderly drop adds
 //! `buffered_survives_drop: true` and gets that tested, too.
 //!
+//! The crash cases kill a writer, or take the power from it, some 30 times each. More are a matter of time:
+//!
+//! ```text
+//! ENGINE_CRASH_ROUNDS=500 cargo test -p 'engine-*' -- kill_keeps power_loss_keeps
+//! ```
+//!
+//! and `ENGINE_SEED` chooses others.
+//!
 //! [`Model`] is an engine too simple to be wrong, [`Mirror`] runs two engines and stops at the first
 //! difference, [`Failing`] breaks at a chosen commit.
 
@@ -24,12 +32,14 @@ pub mod crash;
 mod failing;
 mod mirror;
 mod model;
-mod rng;
+#[cfg(target_os = "linux")]
+pub mod power_loss;
+mod seeds;
 
+pub use engine_powerloss::Rng;
 pub use failing::Failing;
 pub use mirror::Mirror;
 pub use model::Model;
-pub use rng::Rng;
 
 /// The tests that an engine must pass; see the crate's documentation.
 #[macro_export]
@@ -63,9 +73,16 @@ macro_rules! suite {
             $crate::crash::kill_keeps_what_was_acknowledged(module_path!(), $open);
         }
 
-        /// The process that the case above starts and kills.
+        #[cfg(target_os = "linux")]
         #[test]
-        #[ignore = "started by kill_keeps_what_was_acknowledged"]
+        $(#[$skip])?
+        fn power_loss_keeps_what_was_durable() {
+            $crate::power_loss::power_loss_keeps_what_was_durable(module_path!(), $open);
+        }
+
+        /// The process that the cases above start.
+        #[test]
+        #[ignore = "started by the crash cases"]
         fn crash_writer() {
             $crate::crash::writer($open);
         }
