@@ -1,16 +1,19 @@
 //! The command line, and what it means.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, value_parser};
 use serde::{Serialize, Serializer};
 
 use super::client::{Credentials, Endpoint};
+use super::engines::{EnginesArgs, worker};
+use super::servers::ServerArgs;
 use super::session::{Budget, Compact, During, Shape};
 use super::wire::RangeShape;
 use super::work::{Keys, STAMP, Watching, Work};
 
-/// Measures a server of etcd's v3 API, or two servers side by side.
+/// Measures a server of etcd's v3 API, or two servers side by side; or storage engines.
 ///
 /// Every client sends its next request when it has the reply to the last (closed loop), unless a rate
 /// is given: then requests are due at even intervals and latency counts from the time a request was
@@ -19,7 +22,34 @@ use super::work::{Keys, STAMP, Watching, Work};
 #[command(name = "quorate bench", bin_name = "quorate bench", disable_version_flag = true)]
 pub struct Cli {
     #[command(subcommand)]
-    pub command: Command,
+    pub program: Program,
+}
+
+/// What is measured: one workload of a server that runs, or several over several engines or servers.
+#[derive(Subcommand, Debug, Clone)]
+pub enum Program {
+    #[command(flatten)]
+    One(Command),
+    /// Compare the storage engines on this machine
+    Engines(EnginesArgs),
+    /// Compare this program with each engine, and other servers
+    Server(ServerArgs),
+    /// Show reports of engines and server, written as JSON, together
+    Report(ReportArgs),
+    /// The process that has one engine, for `engines`
+    #[command(name = worker::WORD, hide = true)]
+    Worker,
+}
+
+/// Which reports, and how they are shown.
+#[derive(Args, Debug, Clone)]
+pub struct ReportArgs {
+    /// Files that `engines` or `server` has written with --json
+    #[arg(required = true)]
+    pub files: Vec<PathBuf>,
+    /// Write all as one HTML page
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
 }
 
 #[derive(Subcommand, Serialize, Debug, Clone)]
@@ -480,7 +510,7 @@ fn plan(
 }
 
 /// Numbers with units, one after the other: `1m30s`, `1.5s`, `200ms`.
-fn duration(text: &str) -> Result<Duration, String> {
+pub fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text:?} is not a duration such as 30s, 1m30s or 200ms");
     let mut rest = text;
     let mut seconds = 0.0;
@@ -529,7 +559,10 @@ mod tests {
 
     fn planned(args: &str) -> Result<Plan, OptionsError> {
         let args = std::iter::once("bench").chain(args.split_whitespace());
-        Cli::try_parse_from(args).unwrap().command.plan()
+        match Cli::try_parse_from(args).unwrap().program {
+            Program::One(command) => command.plan(),
+            other => panic!("no workload: {other:?}"),
+        }
     }
 
     #[test]

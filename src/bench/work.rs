@@ -195,6 +195,11 @@ impl Load {
         &self.pool[at..at + self.value_size]
     }
 
+    /// All values that can be written.
+    pub fn values(&self) -> impl Iterator<Item = &[u8]> {
+        (0..POOL_EXTRA).map(|at| &self.pool[at..at + self.value_size])
+    }
+
     /// The time in a watched value of this run; None for a value written by somebody else.
     pub fn stamp(&self, value: &[u8]) -> Option<Instant> {
         let (mark, rest) = value.split_first_chunk::<8>()?;

@@ -34,7 +34,7 @@ use super::types::{Index, LeaseId, MemberId, Revision, Term};
 /// Meta keys (formats-and-peers 3.2).
 pub const CONSISTENT_INDEX: &[u8] = b"consistent_index";
 pub const TERM: &[u8] = b"term";
-const CONF_STATE: &[u8] = b"confState";
+pub const CONF_STATE: &[u8] = b"confState";
 /// Written by a member for itself once the cluster runs 3.6 or later.
 pub const STORAGE_VERSION: &[u8] = b"storageVersion";
 /// Key of the `cluster` bucket.
