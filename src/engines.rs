@@ -41,8 +41,20 @@ static MEMORY: BuiltIn = BuiltIn {
     open: |_, _| Ok(Arc::new(engine_memory::Memory::new())),
 };
 
+static LMDB: BuiltIn = BuiltIn {
+    about: &engine_lmdb::ABOUT,
+    dir: Some("engine-lmdb"),
+    open: |dir, options| Ok(Arc::new(engine_lmdb::Lmdb::open(dir, options)?)),
+};
+
+static BBOLT: BuiltIn = BuiltIn {
+    about: &engine_bbolt::ABOUT,
+    dir: Some(SHARED),
+    open: |dir, options| Ok(Arc::new(engine_bbolt::Bbolt::open(dir, options)?)),
+};
+
 /// All of them, the default first.
-pub static ALL: &[&BuiltIn] = &[&REDB, &MEMORY];
+pub static ALL: &[&BuiltIn] = &[&REDB, &LMDB, &BBOLT, &MEMORY];
 
 /// The engine of this name.
 pub fn find(name: &str) -> Option<&'static BuiltIn> {

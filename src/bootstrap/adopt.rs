@@ -45,7 +45,7 @@ pub fn mend(
         name: member.name,
         client_urls: member.client_urls,
     });
-    members.restore(of_snapshot.collect(), told.removed.into_iter().map(MemberId).collect());
+    members.restore(of_snapshot, told.removed.into_iter().map(MemberId));
     for entry in done {
         if entry.r#type == raftpb::EntryType::EntryConfChange as i32 {
             let bad = |source| BootstrapError::BadChange { index: Index(entry.index), source };
