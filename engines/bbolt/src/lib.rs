@@ -5,7 +5,7 @@
 //! | file | holds |
 //! |---|---|
 //! | `db` | the tables, as buckets of a bbolt file; locked with `flock`, as etcd does, while it is open |
-//! | `db.tmp` | a copy in the making ([`Engine::reclaim`], first start); removed on opening, by etcd as well |
+//! | `db.tmp.reclaim` | a copy in the making ([`Engine::reclaim`], first start); removed on opening, by etcd as well |
 //!
 //! A buffered commit stays in memory until a durable one or an orderly drop, which makes all of it durable;
 //! beyond half the cache its pages are written early, where the last durable state does not see them. After
@@ -53,7 +53,8 @@ use tree::{Root, Tree};
 
 /// The name of the file in its directory.
 pub const DATA: &str = "db";
-const NEW: &str = "db.tmp";
+/// etcd removes what begins like this when it starts, as we do.
+const NEW: &str = "db.tmp.reclaim";
 
 const CACHE_BYTES: &str = "cache-bytes";
 const SYNC_FREELIST: &str = "sync-freelist";
