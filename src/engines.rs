@@ -25,6 +25,12 @@ static REDB: BuiltIn = BuiltIn {
     open: |dir, options| Ok(Arc::new(engine_redb::Redb::open(dir, options)?)),
 };
 
+static LMDB: BuiltIn = BuiltIn {
+    about: &engine_lmdb::ABOUT,
+    dir: Some("engine-lmdb"),
+    open: |dir, options| Ok(Arc::new(engine_lmdb::Lmdb::open(dir, options)?)),
+};
+
 static MEMORY: BuiltIn = BuiltIn {
     about: &engine_memory::ABOUT,
     dir: None,
@@ -32,7 +38,7 @@ static MEMORY: BuiltIn = BuiltIn {
 };
 
 /// All of them, the default first.
-pub static ALL: &[&BuiltIn] = &[&REDB, &MEMORY];
+pub static ALL: &[&BuiltIn] = &[&REDB, &LMDB, &MEMORY];
 
 /// The engine of this name.
 pub fn find(name: &str) -> Option<&'static BuiltIn> {

@@ -5,7 +5,7 @@
 //!
 //! | file | holds |
 //! |---|---|
-//! | `data-N.mdb` | the tables, under their bbolt names; `N` grows with each reclaim |
+//! | `data-N.mdb` | the tables, under their bbolt names; `N` begins with the time and grows by 1 with each reclaim |
 //! | `data-N.mdb-lock` | who reads what; made anew on opening |
 //! | `head` | `N`, and the last durable state of that file: see the module `head` |
 //! | `new.mdb` | a first data file in the making; removed on opening, as are data files that `head` does not name |
@@ -51,6 +51,7 @@ use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
 
 use engine_api::{
     About, Batch, Durability, Engine, EngineError, OptionKind, OptionSpec, Options, Reclaim,
@@ -300,12 +301,10 @@ impl Engine for Lmdb {
 
 /// Makes the first data file and then the head that names it; a crash leaves no head, or both.
 fn create(dir: &Path, settings: Settings) -> Result<(), EngineError> {
-    const FIRST: u64 = 1;
-    let (data, new) = (dir.join(data_name(FIRST)), dir.join(NEW));
     for generation in store::data_files(dir)? {
         let path = dir.join(data_name(generation));
         // one transaction makes the tables; a file with more of them had a head once
-        if generation != FIRST || store::newest_transaction(&path)? > 1 {
+        if store::newest_transaction(&path)? > 1 {
             return Err(corrupt(
                 &dir.join(HEAD),
                 format!("the file is missing, but {} holds data", path.display()),
@@ -313,9 +312,11 @@ fn create(dir: &Path, settings: Settings) -> Result<(), EngineError> {
         }
         store::remove(&path)?;
     }
+    let generation = first_generation();
+    let (data, new) = (dir.join(data_name(generation)), dir.join(NEW));
     let store = Store::create(&new, settings)?;
     store.sync()?;
-    let point = store.point(FIRST)?;
+    let point = store.point(generation)?;
     drop(store);
     fs::rename(&new, &data).map_err(|error| failed("rename", &new, error))?;
     store::remove(&new)?;
@@ -325,6 +326,15 @@ fn create(dir: &Path, settings: Settings) -> Result<(), EngineError> {
         sync_dir(parent)?;
     }
     Ok(())
+}
+
+/// Where the counting of data files begins: at the time, so that no two directories have one of the same
+/// name. The bindings know open files by their paths and refuse to open one twice, but a directory can take
+/// the path of another one whose files are still open.
+fn first_generation() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    // a clock before 1970 is as good a beginning as any
+    now.map_or(1, |now| now.as_nanos() as u64)
 }
 
 fn failed(doing: &str, path: &Path, source: io::Error) -> EngineError {
