@@ -1,5 +1,7 @@
-//! LMDB: a copy-on-write B-tree in one file that is read through a memory map. Reads are the fastest of all
-//! engines, as a row is found in the page cache itself.
+//! LMDB: a copy-on-write B-tree in one file that is read through a memory map, so a row is found in the page
+//! cache itself. Beside engine-redb on one busy machine (1 M rows of 256 bytes, the crates' examples) it
+//! loaded and deleted about 2 to 2.5 times as fast, read 2 to 3 times, scanned 4 to 5 times, and reclaimed
+//! 3 to 4 times.
 //!
 //! In `dir`:
 //!
@@ -22,7 +24,8 @@
 //!   whichever order it reached the disk, the file is then in its last durable state.
 //!
 //! So buffered commits cost no sync and no memory of ours, views read them like all others, and a crash of
-//! the machine or of the process loses them whole. An orderly drop makes them durable. Pages that they free
+//! the machine or of the process loses them whole. Commits of ten rows were 40 to 70 times as many a second as
+//! durable ones; LMDB's own compromise, which leaves only the meta unsynced, syncs the data each time. An orderly drop makes them durable. Pages that they free
 //! can be reused only after a durable commit; so one of them is made durable when together they have
 //! written `buffer-bytes`, or when the file grows while that much of it is free.
 //!
@@ -80,7 +83,7 @@ const MAP_STEP: usize = 1 << 16;
 /// What the engine promises, and how it can be set.
 pub const ABOUT: About = About {
     name: "lmdb",
-    summary: "copy-on-write B-tree in one memory-mapped file; the fastest reads",
+    summary: "copy-on-write B-tree in one memory-mapped file; fast reads, no checksums",
     buffered_survives: Survives::OrderlyEnd,
     durable_survives: Survives::PowerLoss,
     reclaim: Reclaim::Online,
