@@ -54,8 +54,8 @@ struct Work {
     /// How often memtables were sealed, and how many of these have been written.
     sealed: u64,
     flushed: u64,
-    /// How many of those the compactor has seen.
-    compacted: u64,
+    /// The trees may want compaction.
+    compact: bool,
     /// The last batch that was sealed.
     number: u64,
 }
@@ -142,6 +142,10 @@ impl Shared {
             self.check_poisoned()?;
             let sealed = self.sealed_memtables();
             let runs = self.first_level_runs();
+            if runs >= FIRST_LEVEL_RUNS_MAX {
+                work.compact = true;
+                self.work_there.notify_all();
+            }
             if sealed < SEALED_MAX && runs < FIRST_LEVEL_RUNS_MAX {
                 return Ok(sealed == 0 && runs < FIRST_LEVEL_RUNS_MAX / 2);
             }
@@ -189,7 +193,9 @@ impl Shared {
                 self.poison(error);
                 return;
             }
-            self.work.lock().flushed = sealed;
+            let mut work = self.work.lock();
+            (work.flushed, work.compact) = (sealed, true);
+            drop(work);
             self.work_done.notify_all();
             self.work_there.notify_all();
         }
@@ -223,13 +229,13 @@ impl Shared {
     pub(crate) fn compact_when_flushed(&self) {
         loop {
             let mut work = self.work.lock();
-            while !work.stop && work.compacted == work.flushed {
+            while !work.stop && !work.compact {
                 self.work_there.wait(&mut work);
             }
             if work.stop {
                 return;
             }
-            work.compacted = work.flushed;
+            work.compact = false;
             drop(work);
             if let Err(error) = self.compact() {
                 self.poison(error);
