@@ -47,6 +47,12 @@ static LMDB: BuiltIn = BuiltIn {
     open: |dir, options| Ok(Arc::new(engine_lmdb::Lmdb::open(dir, options)?)),
 };
 
+static FJALL: BuiltIn = BuiltIn {
+    about: &engine_fjall::ABOUT,
+    dir: Some("engine-fjall"),
+    open: |dir, options| Ok(Arc::new(engine_fjall::Fjall::open(dir, options)?)),
+};
+
 static BBOLT: BuiltIn = BuiltIn {
     about: &engine_bbolt::ABOUT,
     dir: Some(SHARED),
@@ -54,7 +60,7 @@ static BBOLT: BuiltIn = BuiltIn {
 };
 
 /// All of them, the default first.
-pub static ALL: &[&BuiltIn] = &[&REDB, &LMDB, &BBOLT, &MEMORY];
+pub static ALL: &[&BuiltIn] = &[&REDB, &LMDB, &FJALL, &BBOLT, &MEMORY];
 
 /// The engine of this name.
 pub fn find(name: &str) -> Option<&'static BuiltIn> {
