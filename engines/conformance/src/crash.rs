@@ -19,6 +19,7 @@ use engine_powerloss::mark;
 use crate::Rng;
 use crate::cases::{Rows, all_rows, revision_key};
 use crate::seeds::{crash_rounds, each_seed, number};
+use crate::spawn::spawning;
 
 const ROUNDS: u64 = 30;
 const DIR: &str = "ENGINE_CRASH_DIR";
@@ -40,7 +41,12 @@ fn rows_of(n: u64) -> Rows {
     let mut rng = Rng::new(n);
     (0..1 + rng.below(60))
         .map(|sub| {
-            let len = if rng.one_in(50) { 10_000 } else { rng.below(300) } as usize;
+            let len = match rng.below(1_000) {
+                // beyond a small cache, so that pages are written before a durable commit asks for it
+                0 => rng.below(800_000),
+                1..20 => 10_000,
+                _ => rng.below(300),
+            } as usize;
             (revision_key(n, sub), rng.bytes(len).into())
         })
         .collect()

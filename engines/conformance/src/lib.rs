@@ -24,6 +24,9 @@
 //!
 //! and `ENGINE_SEED` chooses others.
 //!
+//! Options that change what an engine writes when (a small cache, another way to sync) deserve crashes of their
+//! own: a module with `suite!(open_so, crash_only: true)`.
+//!
 //! [`Model`] is an engine too simple to be wrong, [`Mirror`] runs two engines and stops at the first
 //! difference, [`Failing`] breaks at a chosen commit.
 
@@ -35,11 +38,13 @@ mod model;
 #[cfg(target_os = "linux")]
 pub mod power_loss;
 mod seeds;
+mod spawn;
 
 pub use engine_powerloss::Rng;
 pub use failing::Failing;
 pub use mirror::Mirror;
 pub use model::Model;
+pub use spawn::undisturbed;
 
 /// The tests that an engine must pass; see the crate's documentation.
 #[macro_export]
@@ -54,12 +59,15 @@ macro_rules! suite {
 
         #[test]
         fn buffered_survives_an_orderly_drop() {
-            $crate::cases::buffered_survives_an_orderly_drop($open);
+            $crate::cases::buffered_survives_an_orderly_drop($crate::undisturbed($open));
         }
     };
     ($open:expr, persistent: false $(,)?) => {
         $crate::suite!(@memory $open);
         $crate::suite!(@files $open, #[ignore = "this engine keeps nothing on disk"]);
+    };
+    ($open:expr, crash_only: true $(,)?) => {
+        $crate::suite!(@crash $open, );
     };
     (@files $open:expr, $(#[$skip:meta])?) => {
         $crate::suite!(@case $open, durable_survives_reopening $(#[$skip])?);
@@ -67,17 +75,26 @@ macro_rules! suite {
         $crate::suite!(@case $open, random_operations_with_reopening $(#[$skip])?);
         $crate::suite!(@case $open, reclaimed_state_survives_reopening $(#[$skip])?);
 
+        $crate::suite!(@crash $open, $(#[$skip])?);
+    };
+    (@crash $open:expr, $(#[$skip:meta])?) => {
         #[test]
         $(#[$skip])?
         fn kill_keeps_what_was_acknowledged() {
-            $crate::crash::kill_keeps_what_was_acknowledged(module_path!(), $open);
+            $crate::crash::kill_keeps_what_was_acknowledged(
+                module_path!(),
+                $crate::undisturbed($open),
+            );
         }
 
         #[cfg(target_os = "linux")]
         #[test]
         $(#[$skip])?
         fn power_loss_keeps_what_was_durable() {
-            $crate::power_loss::power_loss_keeps_what_was_durable(module_path!(), $open);
+            $crate::power_loss::power_loss_keeps_what_was_durable(
+                module_path!(),
+                $crate::undisturbed($open),
+            );
         }
 
         /// The process that the cases above start.
@@ -119,7 +136,7 @@ macro_rules! suite {
         #[test]
         $(#[$skip])?
         fn $name() {
-            $crate::cases::$name($open);
+            $crate::cases::$name($crate::undisturbed($open));
         }
     };
 }

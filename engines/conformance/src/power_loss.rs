@@ -16,6 +16,7 @@ use tempfile::TempDir;
 use crate::Rng;
 use crate::crash::{BEGUN, KEPT, OPEN, batch, check, writer_command};
 use crate::seeds::{crash_rounds, each_seed};
+use crate::spawn::spawning;
 
 const ROUNDS: u64 = 30;
 
@@ -107,7 +108,8 @@ fn live(seed: u64, rng: &mut Rng, module: &str, disk: &Path) -> Log {
     let (batches, reclaims) = (5 + rng.below(40), rng.below(4));
     let mut command = writer_command(module, disk, Some(batches), reclaims);
     command.stdout(Stdio::null()).stderr(Stdio::piped());
-    let mut traced = trace(command, disk).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+    let mut traced =
+        spawning(|| trace(command, disk)).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
     let mut said = String::new();
     let mut stderr = traced.stderr.take().expect("a pipe");
     stderr.read_to_string(&mut said).expect("what the writer says");

@@ -3,7 +3,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use engine_conformance::{Mirror, Model, Rng};
+use engine_conformance::{Mirror, Model, Rng, undisturbed};
 
 use super::*;
 use crate::disk::faults::{self, DiskOp};
@@ -14,7 +14,7 @@ mod conformance {
 }
 
 fn open(dir: &Path) -> Redb {
-    Redb::open(dir, &Options::defaults(&ABOUT)).unwrap()
+    undisturbed(|dir: &Path| Redb::open(dir, &Options::defaults(&ABOUT)).unwrap())(dir)
 }
 
 /// The least cache, so that pages spill.
@@ -23,7 +23,8 @@ fn small() -> Options {
 }
 
 fn error_of(dir: &Path) -> EngineError {
-    Redb::open(dir, &Options::defaults(&ABOUT)).err().expect("opening fails")
+    undisturbed(|dir: &Path| Redb::open(dir, &Options::defaults(&ABOUT)).err())(dir)
+        .expect("opening fails")
 }
 
 /// A batch whose rows follow from its number: a row of its own, and the number in `meta`.
