@@ -381,7 +381,8 @@ fn says_healthy(address: SocketAddr) -> io::Result<bool> {
 struct Side {
     name: String,
     member: Option<Member>,
-    endpoint: Endpoint,
+    /// `None` if it could not be started.
+    endpoint: Option<Endpoint>,
     pid: Option<u32>,
     version: String,
     measures: Vec<Measure>,
@@ -391,6 +392,19 @@ struct Side {
 }
 
 impl Side {
+    fn new(name: &str, endpoint: Option<Endpoint>, pid: Option<u32>) -> Self {
+        Side {
+            name: name.to_owned(),
+            member: None,
+            endpoint,
+            pid,
+            version: String::new(),
+            measures: Vec::new(),
+            sampler: Sampler::new(),
+            failed: None,
+        }
+    }
+
     fn pid(&self) -> Option<u32> {
         self.member.as_ref().map(|member| member.child.id()).or(self.pid)
     }
@@ -465,29 +479,20 @@ pub fn measure(
             let mut sides = Vec::new();
             for engine in &engines {
                 let dir = base.join(format!("{}-{keys}-{value_bytes}", engine.name()));
-                let member = Member::start(program, engine, dir)?;
-                sides.push(Side {
-                    name: engine.name().to_owned(),
-                    endpoint: member.endpoint(),
-                    member: Some(member),
-                    pid: None,
-                    version: String::new(),
-                    measures: Vec::new(),
-                    sampler: Sampler::new(),
-                    failed: None,
-                });
+                let (member, failed) = match Member::start(program, engine, dir) {
+                    Ok(member) => (Some(member), None),
+                    Err(error) => (None, Some(error.to_string())),
+                };
+                let endpoint = member.as_ref().map(Member::endpoint);
+                sides.push(Side { member, failed, ..Side::new(engine.name(), endpoint, None) });
+                if interrupt.is_set() {
+                    return Err(EnginesError::Interrupted.into());
+                }
             }
             for (at, versus) in args.versus.iter().enumerate() {
-                sides.push(Side {
-                    name: names[engines.len() + at].clone(),
-                    endpoint: versus.endpoint.clone(),
-                    member: None,
-                    pid: args.versus_pid.get(at).copied(),
-                    version: String::new(),
-                    measures: Vec::new(),
-                    sampler: Sampler::new(),
-                    failed: None,
-                });
+                let pid = args.versus_pid.get(at).copied();
+                let endpoint = Some(versus.endpoint.clone());
+                sides.push(Side::new(&names[engines.len() + at], endpoint, pid));
             }
             let size = (keys, value_bytes);
             let runs = run(args, program, sides, size, (limit, rounds), &interrupt, &mut versions)?;
@@ -608,12 +613,12 @@ fn run(
         plan(args, &format!("range --clients {0} --conns 4", args.clients), size, limit)?;
     let load = load(&populate, args.seed);
     for side in sides.iter_mut() {
+        let Some(endpoint) = side.endpoint.clone() else { continue };
         side.sampler.phase("populate");
         let bar = engine_bench::bar(&side.name);
         bar.set_message("populate");
         bar.set_length(size.0);
-        let endpoints = [side.endpoint.clone()];
-        let populated = Session::open(&endpoints, load.clone(), populate.shape.clone()).and_then(
+        let populated = Session::open(&[endpoint], load.clone(), populate.shape.clone()).and_then(
             |mut session| {
                 side.version.clone_from(&session.version);
                 session.populate(&mut |done| bar.set_position(done))?;
@@ -676,8 +681,10 @@ fn one(
             ),
             cpu: side.pid().map(|_| Duration::ZERO),
         };
-        if side.failed.is_none() {
-            match Session::open(&[side.endpoint.clone()], load.clone(), plan.shape.clone()) {
+        if side.failed.is_none()
+            && let Some(endpoint) = side.endpoint.clone()
+        {
+            match Session::open(&[endpoint], load.clone(), plan.shape.clone()) {
                 Ok(session) => turn.session = Some(session),
                 Err(error) => side.fail(error.to_string()),
             }
@@ -808,13 +815,12 @@ fn finish(side: &mut Side, program: &Path, load: &Load) -> Run {
         side.sampler.phase("check");
         side.look();
     }
-    let outcome = match side.failed.take() {
-        Some(error) => Outcome::Failed { error },
-        None => match check(&side.endpoint, load) {
-            Ok(verified) => verified,
-            Err(error) => Outcome::Failed { error },
-        },
+    let checked = match (side.failed.take(), &side.endpoint) {
+        (Some(error), _) => Err(error),
+        (None, Some(endpoint)) => check(endpoint, load),
+        (None, None) => Err("it was not started".to_owned()),
     };
+    let outcome = checked.unwrap_or_else(|error| Outcome::Failed { error });
     let sampler = std::mem::replace(&mut side.sampler, Sampler::new());
     let (samples, most) = sampler.finish();
     side.measures.extend(most);

@@ -96,8 +96,8 @@ impl Worker {
         line.push('\n');
         // It stays open: its end tells the worker that nobody waits any more.
         let input = worker.child.stdin.as_mut().expect("it is piped");
-        input.write_all(line.as_bytes())?;
-        input.flush()?;
+        // If it has ended already, its end is told below.
+        let _told = input.write_all(line.as_bytes()).and_then(|()| input.flush());
         std::thread::Builder::new().name("events".to_owned()).spawn(move || {
             for line in BufReader::new(out).lines().map_while(Result::ok) {
                 let event = serde_json::from_str(&line);

@@ -62,7 +62,8 @@ pub fn proportion(ratio: f64) -> String {
     match ratio {
         ratio if ratio >= 99.5 => format!("×{ratio:.0}"),
         ratio if ratio >= 9.95 => format!("×{ratio:.1}"),
-        ratio => format!("×{ratio:.2}"),
+        ratio if ratio >= 0.0995 => format!("×{ratio:.2}"),
+        ratio => format!("×{ratio:.4}"),
     }
 }
 
@@ -127,7 +128,7 @@ pub fn text(report: &Report) -> String {
             }
         }
         let verdict = |outcome: &Outcome| match outcome {
-            Outcome::Verified { rows, .. } => format!("{} rows", short(*rows as f64)),
+            Outcome::Verified { rows, .. } => format!("{} rows", grouped(*rows)),
             Outcome::Failed { .. } => "FAILED".to_owned(),
         };
         let verified = std::iter::once("Verified at the end".to_owned());
@@ -219,7 +220,7 @@ mod tests {
         assert_eq!(bytes(3.5 * f64::from(1 << 30)), "3.50 GiB");
         assert_eq!([time(0.5), time(1500.0), time(2e6)], ["0.500 µs", "1.50 ms", "2.00 s"]);
         assert_eq!([grouped(5), grouped(1000), grouped(1_234_567)], ["5", "1 000", "1 234 567"]);
-        assert_eq!([proportion(1.0), proportion(12.34)], ["×1.00", "×12.3"]);
+        assert_eq!([1.0, 12.34, 0.1, 0.0023].map(proportion), ["×1.00", "×12.3", "×0.10", "×0.0023"]);
     }
 
     #[test]
