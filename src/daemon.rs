@@ -656,7 +656,7 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     } else if threshold > 0 {
         let free = found.engine.size()?.saturating_sub(found.engine.size_in_use()?);
         if free >= threshold {
-            let reclaimed = found.engine.reclaim()?;
+            let reclaimed = found.engine.reclaim_alone()?;
             tracing::info!(
                 before = reclaimed.before,
                 after = reclaimed.after,

@@ -968,6 +968,47 @@ mod tests {
     }
 
     #[test]
+    fn a_snapshot_does_not_wait_for_space_that_is_given_back() {
+        actix::System::new().block_on(async {
+            let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+            let mut rigs = dirs.each_ref().map(|dir| Rig::start(dir.path(), true));
+            let large = "v".repeat(1 << 20);
+            for rig in &mut rigs {
+                rig.found();
+                rig.requests((0..20).map(|n| put(&n.to_string(), &large)).collect());
+                rig.applied().await;
+            }
+            let [mut ahead, mut behind] = rigs;
+            ahead.requests((0..100).map(|n| put("k", &n.to_string())).collect());
+            ahead.applied().await;
+            let (reply, flushed) = oneshot::channel();
+            behind.applier.do_send(Flush(reply));
+            flushed.await.unwrap();
+
+            // As long as it goes on undisturbed, it takes about 20 seconds.
+            let shared = behind.shared.clone();
+            let reclaim = std::thread::spawn(move || {
+                let _alone = shared.reclaiming.lock();
+                shared.published.load_full().engine.reclaim()
+            });
+            let started = Instant::now();
+            while !dirs[1].path().join("engine-redb/data.redb.new").exists() {
+                assert!(started.elapsed() < PATIENCE, "no copy is made");
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            let received = transfer(&ahead, &behind.snapshots, dirs[0].path()).await;
+            behind.send_snapshot(received);
+            behind.applied().await;
+            let result = reclaim.join().unwrap();
+            assert!(matches!(result, Err(engine_api::EngineError::Cancelled)), "{result:?}");
+            assert_eq!(hashes(&behind), hashes(&ahead));
+            behind.requests(vec![put("k", "after")]);
+            behind.applied().await;
+            behind.stop().await;
+        });
+    }
+
+    #[test]
     fn a_gauge_shows_every_alarm_whoever_it_is_of() {
         use pb::alarm_request::AlarmAction::{self, Activate, Deactivate};
         const STRANGER: u64 = 0xa1a;

@@ -89,13 +89,12 @@ pub fn version() -> Version {
     Version::parse("3.7.1").expect("a version")
 }
 
-/// Opens redb in a directory.
+/// Opens redb in a directory. It gives space back so slowly that a test can see it under way.
 pub fn open_redb() -> OpenEngine {
     Arc::new(|dir| {
-        Ok(Arc::new(engine_redb::Redb::open(
-            dir,
-            &engine_api::Options::defaults(&engine_redb::ABOUT),
-        )?))
+        let slow = [("reclaim-mib-per-second".to_owned(), "1".to_owned())].into();
+        let options = engine_api::Options::new(&engine_redb::ABOUT, &slow).expect("its options");
+        Ok(Arc::new(engine_redb::Redb::open(dir, &options)?))
     })
 }
 

@@ -208,7 +208,7 @@ impl Shared {
 
     /// The request by which this member raises its NOSPACE alarm: a limit of the quota is reached.
     pub fn raise_nospace(&self, exceeded: Limit) -> Request {
-        // Many requests may meet the same bound before the alarm is in force.
+        // Many requests may meet the same limit before the alarm is in force.
         if !self.nospace_raised.swap(true, Ordering::AcqRel) {
             let Sizes { live, physical } = self.sizes();
             tracing::warn!(

@@ -65,7 +65,8 @@ impl std::fmt::Display for Limit {
 ///
 /// etcd knows one bound, on the size of its file. There, what is deleted and compacted counts until the
 /// file is defragmented. Here it counts no longer: its space is used again. The second bound is for the
-/// disk, which free space in a file fills as much as data does.
+/// disk, which free space in a file fills as much as data does; the copy that a defragmentation makes for
+/// the time being is not counted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Quota {
     pub live: Option<u64>,

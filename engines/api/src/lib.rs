@@ -203,6 +203,15 @@ pub trait Engine: Send + Sync + 'static {
     /// an engine that promises [`Reclaim::Never`].
     fn reclaim(&self) -> Result<Reclaimed, EngineError>;
 
+    /// As [`reclaim`](Engine::reclaim), by somebody who has the engine alone: it may take all that the disk
+    /// gives.
+    ///
+    /// # Errors
+    /// As there.
+    fn reclaim_alone(&self) -> Result<Reclaimed, EngineError> {
+        self.reclaim()
+    }
+
     /// Lets a [`reclaim`](Engine::reclaim) that is under way end soon, with `Cancelled` unless it is
     /// almost done: the engine is about to be closed or replaced. One that begins later is not affected.
     /// An engine whose reclaim never takes long may leave this as it is.

@@ -220,7 +220,11 @@ impl Engine for Redb {
     }
 
     fn reclaim(&self) -> Result<Reclaimed, EngineError> {
-        self.rebuild()
+        self.rebuild(self.reclaim_rate)
+    }
+
+    fn reclaim_alone(&self) -> Result<Reclaimed, EngineError> {
+        self.rebuild(0)
     }
 
     fn cancel_reclaim(&self) {

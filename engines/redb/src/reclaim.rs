@@ -220,15 +220,16 @@ fn copy_slice(
 }
 
 impl Redb {
-    /// Copies everything into a new file, which then takes the old one's place.
-    pub(crate) fn rebuild(&self) -> Result<Reclaimed, EngineError> {
+    /// Copies everything into a new file, which then takes the old one's place: `rate` bytes a second, or, at
+    /// 0, as fast as it can.
+    pub(crate) fn rebuild(&self, rate: u64) -> Result<Reclaimed, EngineError> {
         let _turn = self.reclaiming.lock();
         self.cancel.forget();
         self.check_poisoned()?;
         let before = self.store().size()?;
         let new = self.dir.join(NEW);
         remove_if_there(&new)?;
-        let result = self.copy_and_switch();
+        let result = self.copy_and_switch(rate);
         self.writer.lock().touched = None;
         if result.is_err() {
             // what cannot be removed now is removed on opening
@@ -238,7 +239,7 @@ impl Redb {
     }
 
     /// Answers the size of the new file.
-    fn copy_and_switch(&self) -> Result<u64, EngineError> {
+    fn copy_and_switch(&self, rate: u64) -> Result<u64, EngineError> {
         let cache_bytes = self.cache_bytes.min(COPY_CACHE_BYTES);
         let target = Store::create(&self.dir.join(NEW), cache_bytes)?;
         self.writer.lock().touched = Some(Touched::default());
@@ -248,7 +249,7 @@ impl Redb {
         let copied_max = live.saturating_mul(4).saturating_add(1 << 30);
         let pace = Pace {
             started: Instant::now(),
-            rate: self.reclaim_rate,
+            rate,
             bytes_max: live.saturating_mul(2).saturating_add(64 << 20),
         };
         let (mut copied, mut unsynced) = (0, 0);

@@ -356,10 +356,7 @@ fn a_cancelled_reclaim_ends_soon_and_changes_nothing() {
     });
     assert!(!dir.path().join(NEW).exists());
     assert_eq!(rows(&engine), 6000);
-    drop(engine);
-    let rate = [(RECLAIM_RATE.to_owned(), "0".to_owned())].into();
-    let engine = Redb::open(dir.path(), &Options::new(&ABOUT, &rate).unwrap()).unwrap();
-    engine.reclaim().unwrap();
+    engine.reclaim_alone().unwrap();
     assert_eq!(rows(&engine), 6000);
 }
 
