@@ -267,6 +267,28 @@ fn compaction_runs_beside_the_load() {
 }
 
 #[test]
+fn disturbed_puts_are_told_from_others() {
+    let etcd = Etcd::start();
+    let put = "put --total 401 --rate 400 --val-size 100 --during compaction,defragment";
+    let outcome = etcd.bench(&format!("{put} --compact-index-delta 5"));
+    assert_eq!(outcome["requests"], 401);
+    let kinds = &outcome["kinds"];
+    check_kind(&kinds[0], "put", 201);
+    check_kind(&kinds[1], "disturbed put", 200);
+    for (kind, name) in [(&kinds[2], "compaction"), (&kinds[3], "defragmentation")] {
+        let count = kind["count"].as_u64().unwrap();
+        assert!((1..=3).contains(&count), "{count} in half a second, and the last is waited for");
+        check_kind(kind, name, count);
+    }
+    // At revision 202, when half of the puts were made, at the earliest.
+    let old = etcd.etcdctl(&["get", "x", "--rev=100"]);
+    let error = String::from_utf8(old.stderr).unwrap();
+    assert!(error.contains("required revision has been compacted"), "{error}");
+    let alone = etcd.bench("put --total 100 --during defragment");
+    assert_eq!(alone["kinds"][2]["count"], 0);
+}
+
+#[test]
 fn puts_of_a_user_while_others_log_in() {
     let etcd = Etcd::start();
     // Nobody asks who calls yet.

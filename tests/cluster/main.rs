@@ -21,5 +21,6 @@ mod refuse;
 mod rig;
 mod scenario;
 mod snapshot;
+mod space;
 #[path = "../tmpfs/mod.rs"]
 mod tmpfs;

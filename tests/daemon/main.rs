@@ -3,6 +3,7 @@
 mod conflict;
 mod crash;
 mod damage;
+mod defragment;
 mod full;
 mod limits;
 #[path = "../page/mod.rs"]
@@ -12,6 +13,7 @@ mod pages;
 mod ports;
 mod process;
 mod signals;
+mod space;
 #[path = "../tmpfs/mod.rs"]
 mod tmpfs;
 mod words;

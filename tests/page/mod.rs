@@ -140,6 +140,7 @@ pub const FAMILIES: &[(&str, &str, &[&str], Option<(f64, f64, i32)>)] = &[
     ("quorate_overlay_writes", "gauge", &[], None),
     ("quorate_applier_queue", "gauge", &[], None),
     ("quorate_connections_closed_for_room_total", "counter", &[], None),
+    ("quorate_quota_physical_bytes", "gauge", &[], None),
     ("quorate_engine_info", "gauge", &["engine"], None),
 ];
 

@@ -131,6 +131,19 @@ fn main() {
     let started = Instant::now();
     let engine = Lmdb::open(dir.path(), &Options::defaults(&ABOUT)).expect("the engine opens");
     println!("{:<44} {:>12.1?}", "open", started.elapsed());
+
+    for (durability, commits) in [(Durability::Buffered, 20_000), (Durability::Durable, 500)] {
+        let started = Instant::now();
+        for n in 0..commits {
+            let mut batch = Batch::default();
+            for sub in 0..10 {
+                let main = (1 << 40) + n * 10 + sub;
+                batch.put(Table::Key, key(main), value(main));
+            }
+            engine.commit(&batch, durability).expect("commit");
+        }
+        rate(&format!("commits of 10 puts, {durability:?}"), commits, started);
+    }
 }
 
 fn sizes(engine: &Lmdb, when: &str) {

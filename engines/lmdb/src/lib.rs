@@ -1,11 +1,13 @@
-//! LMDB: a copy-on-write B-tree in one file that is read through a memory map. Reads are the fastest of all
-//! engines, as a row is found in the page cache itself.
+//! LMDB: a copy-on-write B-tree in one file that is read through a memory map, so a row is found in the page
+//! cache itself. Beside engine-redb on one busy machine (1 M rows of 256 bytes, the crates' examples) it
+//! loaded and deleted about 2 to 2.5 times as fast, read 2 to 3 times, scanned 4 to 5 times, and reclaimed
+//! 3 to 4 times.
 //!
 //! In `dir`:
 //!
 //! | file | holds |
 //! |---|---|
-//! | `data-N.mdb` | the tables, under their bbolt names; `N` grows with each reclaim |
+//! | `data-N.mdb` | the tables, under their bbolt names; `N` begins with the time and grows by 1 with each reclaim |
 //! | `data-N.mdb-lock` | who reads what; made anew on opening |
 //! | `head` | `N`, and the last durable state of that file: see the module `head` |
 //! | `new.mdb` | a first data file in the making; removed on opening, as are data files that `head` does not name |
@@ -22,7 +24,8 @@
 //!   whichever order it reached the disk, the file is then in its last durable state.
 //!
 //! So buffered commits cost no sync and no memory of ours, views read them like all others, and a crash of
-//! the machine or of the process loses them whole. An orderly drop makes them durable. Pages that they free
+//! the machine or of the process loses them whole. Commits of ten rows were 40 to 70 times as many a second as
+//! durable ones; LMDB's own compromise, which leaves only the meta unsynced, syncs the data each time. An orderly drop makes them durable. Pages that they free
 //! can be reused only after a durable commit; so one of them is made durable when together they have
 //! written `buffer-bytes`, or when the file grows while that much of it is free.
 //!
@@ -51,6 +54,7 @@ use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
+use std::time::SystemTime;
 
 use engine_api::{
     About, Batch, Durability, Engine, EngineError, OptionKind, OptionSpec, Options, Reclaim,
@@ -79,7 +83,7 @@ const MAP_STEP: usize = 1 << 16;
 /// What the engine promises, and how it can be set.
 pub const ABOUT: About = About {
     name: "lmdb",
-    summary: "copy-on-write B-tree in one memory-mapped file; the fastest reads",
+    summary: "copy-on-write B-tree in one memory-mapped file; fast reads, no checksums",
     buffered_survives: Survives::OrderlyEnd,
     durable_survives: Survives::PowerLoss,
     reclaim: Reclaim::Online,
@@ -300,12 +304,10 @@ impl Engine for Lmdb {
 
 /// Makes the first data file and then the head that names it; a crash leaves no head, or both.
 fn create(dir: &Path, settings: Settings) -> Result<(), EngineError> {
-    const FIRST: u64 = 1;
-    let (data, new) = (dir.join(data_name(FIRST)), dir.join(NEW));
     for generation in store::data_files(dir)? {
         let path = dir.join(data_name(generation));
         // one transaction makes the tables; a file with more of them had a head once
-        if generation != FIRST || store::newest_transaction(&path)? > 1 {
+        if store::newest_transaction(&path)? > 1 {
             return Err(corrupt(
                 &dir.join(HEAD),
                 format!("the file is missing, but {} holds data", path.display()),
@@ -313,9 +315,11 @@ fn create(dir: &Path, settings: Settings) -> Result<(), EngineError> {
         }
         store::remove(&path)?;
     }
+    let generation = first_generation();
+    let (data, new) = (dir.join(data_name(generation)), dir.join(NEW));
     let store = Store::create(&new, settings)?;
     store.sync()?;
-    let point = store.point(FIRST)?;
+    let point = store.point(generation)?;
     drop(store);
     fs::rename(&new, &data).map_err(|error| failed("rename", &new, error))?;
     store::remove(&new)?;
@@ -325,6 +329,15 @@ fn create(dir: &Path, settings: Settings) -> Result<(), EngineError> {
         sync_dir(parent)?;
     }
     Ok(())
+}
+
+/// Where the counting of data files begins: at the time, so that no two directories have one of the same
+/// name. The bindings know open files by their paths and refuse to open one twice, but a directory can take
+/// the path of another one whose files are still open.
+fn first_generation() -> u64 {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    // a clock before 1970 is as good a beginning as any
+    now.map_or(1, |now| now.as_nanos() as u64)
 }
 
 fn failed(doing: &str, path: &Path, source: io::Error) -> EngineError {
