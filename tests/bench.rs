@@ -1,5 +1,7 @@
 //! `quorate bench` against a real etcd: what it reports is what the server then holds.
 
+mod ports;
+
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -7,12 +9,6 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 
 use serde_json::Value;
-
-/// A free port of the loopback device. Another process may take it before etcd does: then etcd ends,
-/// and another is tried.
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
 
 /// One member, killed when dropped.
 struct Etcd {
@@ -25,13 +21,9 @@ struct Etcd {
 impl Etcd {
     fn start() -> Etcd {
         let dir = tempfile::tempdir().unwrap();
-        for _ in 0..5 {
-            let (port, peer_port) = (free_port(), free_port());
-            if let Some(child) = Self::spawn(&dir, port, peer_port) {
-                return Etcd { child, port, peer_port, dir };
-            }
-        }
-        panic!("etcd does not start");
+        let (port, peer_port) = (ports::free_port(), ports::free_port());
+        let child = Self::spawn(&dir, port, peer_port).expect("etcd starts");
+        Etcd { child, port, peer_port, dir }
     }
 
     /// Returns once etcd says that it serves; None if it ends instead.

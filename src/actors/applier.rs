@@ -86,8 +86,6 @@ pub trait TokenSink: Send + Sync {
     fn changed(&self, change: &TokenChange);
     /// Users were replaced: the tokens of those that `lasts` denies are not good any more.
     fn replaced(&self, lasts: &dyn Fn(&str) -> bool);
-    /// Entries were applied, and what they made is published.
-    fn applied(&self);
 }
 
 /// When a batch for the engine is cut, and what else the applier is told once.
@@ -250,7 +248,6 @@ impl Applier {
             self.links.tokens.changed(change);
         }
         self.publish(&effects);
-        self.links.tokens.applied();
         self.spread(effects);
         for (id, result, term) in answers {
             let Some(waiter) = self.waiters.remove(&id) else { continue };
@@ -308,7 +305,6 @@ impl Applier {
         self.snapshot_wanted = false;
         self.last_durable = Instant::now();
         shared.published.store(Arc::new(Published::of(&self.machine, engine, None)));
-        self.links.tokens.applied();
         drop(reclaiming);
         // The hub has not been told of anything in between: it reads it from the new store.
         self.links.watch.do_send(Events {

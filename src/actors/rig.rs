@@ -116,8 +116,6 @@ impl applier::TokenSink for NoTokens {
     fn changed(&self, _: &TokenChange) {}
 
     fn replaced(&self, _: &dyn Fn(&str) -> bool) {}
-
-    fn applied(&self) {}
 }
 
 impl Rig {

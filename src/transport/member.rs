@@ -584,6 +584,11 @@ pub(crate) mod tests {
         Silent { member, raft, leases, _seats: seats }
     }
 
+    /// The reads that this thread is about to ask raft for, taken away.
+    pub fn asked_reads() -> Vec<oneshot::Sender<Result<(), RequestError>>> {
+        TURN.with_borrow_mut(|turn| std::mem::take(&mut turn.requests.reads))
+    }
+
     fn put(bytes: usize) -> Request {
         Request::Put(pb::PutRequest {
             key: "k".into(),

@@ -14,6 +14,8 @@ mod cluster;
 mod cluster_rig;
 mod etcdctl;
 mod jwt;
+#[path = "../ports/mod.rs"]
+mod ports;
 mod rig;
 // The wire tests use more of it.
 #[allow(dead_code)]

@@ -54,7 +54,8 @@ async fn filled(members: usize, args: &[&str]) -> Cluster {
 /// nothing else. Answers the value that was there.
 fn store(cluster: &Cluster, node: Node, value: &[u8]) -> Vec<u8> {
     let dir = cluster.members[node].data.join("member/engine-redb");
-    let engine = engine_redb::Redb::open(&dir, &Default::default()).unwrap();
+    let engine =
+        engine_redb::Redb::open(&dir, &engine_api::Options::defaults(&engine_redb::ABOUT)).unwrap();
     let mut newest = None;
     let view = engine.view().unwrap();
     view.scan(Table::Key, Bound::Unbounded, Bound::Unbounded, &mut |revision, stored| {

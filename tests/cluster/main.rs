@@ -13,6 +13,8 @@ mod links;
 mod lock;
 mod members;
 mod mixed;
+#[path = "../ports/mod.rs"]
+mod ports;
 #[path = "../linearizability/record.rs"]
 mod record;
 mod refuse;

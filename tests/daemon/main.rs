@@ -8,6 +8,8 @@ mod limits;
 #[path = "../page/mod.rs"]
 mod page;
 mod pages;
+#[path = "../ports/mod.rs"]
+mod ports;
 mod process;
 mod signals;
 #[path = "../tmpfs/mod.rs"]

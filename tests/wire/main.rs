@@ -9,6 +9,8 @@ mod etcdctl;
 mod grpc;
 mod hash;
 mod lock;
+#[path = "../ports/mod.rs"]
+mod ports;
 mod probes;
 mod random;
 mod server;
