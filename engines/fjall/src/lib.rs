@@ -75,7 +75,7 @@ const VALUE_BYTES_MAX: u64 = u32::MAX as u64;
 /// What the engine promises, and how it can be set.
 pub const ABOUT: About = About {
     name: "fjall",
-    summary: "log-structured merge trees (fjall); for many writes and data that compress",
+    summary: "log-structured merge trees (fjall); for many small writes and data that compress",
     buffered_survives: Survives::Kill,
     durable_survives: Survives::PowerLoss,
     reclaim: Reclaim::Online,
@@ -101,8 +101,9 @@ pub const ABOUT: About = About {
         OptionSpec {
             name: COMPRESSION,
             kind: OptionKind::Choice(&["none", "lz4"]),
-            default: "lz4",
-            help: "of tables; chosen when the directory is made, another choice is refused later",
+            default: "none",
+            help: "of tables: less space for more work; chosen when the directory is made, another choice is \
+                   refused later",
         },
     ],
 };
