@@ -542,6 +542,21 @@ fn a_failed_flush_poisons_with_its_reason() {
 }
 
 #[test]
+fn a_panic_in_a_thread_poisons() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(dir.path());
+    let shared = Arc::clone(&engine.shared);
+    let thread = thread::spawn(move || {
+        let _guard = PoisonOnPanic(&shared);
+        panic!("asked for");
+    });
+    assert!(thread.join().is_err());
+    let error = engine.commit(&numbered(1), Durability::Buffered).unwrap_err();
+    assert!(matches!(error, EngineError::Poisoned(_)), "{error}");
+    assert!(error.to_string().contains("panicked"), "{error}");
+}
+
+#[test]
 fn a_full_disk_names_itself() {
     // fjall's thread only says that it failed; whether the disk is full is looked up
     let dir = tempfile::tempdir().unwrap();
