@@ -330,7 +330,7 @@ fn an_engine_that_crashes_does_not_end_the_others() {
 fn an_interruption_ends_cleanly_and_leaves_no_file() {
     for (args, at) in [
         ("engines --engine redb --keys 1000000", nix::sys::signal::Signal::SIGINT),
-        ("server --engine redb --duration 60s --rounds 60", nix::sys::signal::Signal::SIGTERM),
+        ("server --engine redb --duration 20s --rounds 20", nix::sys::signal::Signal::SIGTERM),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let mut running = Running::start(args, dir.path());
