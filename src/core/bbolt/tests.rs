@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 use std::ops::{Bound, ControlFlow};
 
-use engine_bbolt::format::{BRANCH, ELEMENT_BYTES, HEADER_BYTES, KEY_BYTES_MAX, u16_at, u64_at};
+use engine_bbolt::format::{
+    BRANCH, ELEMENT_BYTES, HEADER_BYTES, KEY_BYTES_MAX, u16_at, u32_at, u64_at,
+};
 
 use super::*;
 
