@@ -220,7 +220,10 @@ mod tests {
         assert_eq!(bytes(3.5 * f64::from(1 << 30)), "3.50 GiB");
         assert_eq!([time(0.5), time(1500.0), time(2e6)], ["0.500 µs", "1.50 ms", "2.00 s"]);
         assert_eq!([grouped(5), grouped(1000), grouped(1_234_567)], ["5", "1 000", "1 234 567"]);
-        assert_eq!([1.0, 12.34, 0.1, 0.0023].map(proportion), ["×1.00", "×12.3", "×0.10", "×0.0023"]);
+        assert_eq!(
+            [1.0, 12.34, 0.1, 0.0023].map(proportion),
+            ["×1.00", "×12.3", "×0.10", "×0.0023"]
+        );
     }
 
     #[test]
