@@ -16,8 +16,9 @@
 //! memory has a bound, and each page is checked once, when it comes into the cache. What a map would save, the
 //! copy out of the system's own cache, is paid for pages that are not in ours.
 //!
-//! Like etcd, the engine does not by itself store which pages are free: opening a file reads all of it once, to
-//! find them and to see that it is whole.
+//! Like etcd, the engine does not store which pages are free unless told to: opening a file reads all of it once, to
+//! find them and to see that it is whole. A stored list is believed as it is by bbolt; [`Bbolt::check`] finds out if it
+//! is wrong.
 //!
 //! An open view keeps the pages that it sees from being reused, so the file grows while it is open.
 

@@ -847,3 +847,130 @@ fn what_the_format_cannot_hold_is_refused() {
     engine.commit(&batch, Durability::Durable).unwrap();
     assert_eq!(engine.check().unwrap().rows, 1);
 }
+
+/// Every bucket as large as an inline one can be: the bucket tree itself needs several pages.
+#[test]
+fn the_bucket_tree_grows_and_shrinks() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut rng = Rng::new(seed());
+    let mut expected: BTreeMap<Table, Vec<u8>> = BTreeMap::new();
+    for round in 0..60 {
+        let engine = open_small(dir.path(), round % 2 == 0);
+        let mut batch = Batch::default();
+        for table in Table::ALL {
+            if rng.one_in(2) {
+                continue;
+            }
+            if rng.one_in(3) {
+                batch.delete(table, "row");
+                expected.remove(&table);
+            } else {
+                // a few become too large and get a page, or come back from it
+                let len = rng.below(1_100) as usize;
+                let value = rng.bytes(len);
+                batch.put(table, "row", value.clone());
+                expected.insert(table, value);
+            }
+        }
+        engine.commit(&batch, Durability::Durable).unwrap();
+        let checked = engine.check().unwrap();
+        assert_eq!(checked.rows, expected.len() as u64, "round {round}");
+        drop(engine);
+        let engine = open_small(dir.path(), false);
+        for table in Table::ALL {
+            let found = engine.view().unwrap().get(table, b"row").unwrap();
+            assert_eq!(found.as_deref(), expected.get(&table).map(Vec::as_slice), "{table}");
+        }
+    }
+}
+
+/// A file with the pages of a machine that has larger ones.
+#[test]
+fn other_page_sizes_are_kept() {
+    for page_bytes in [1024, 16 << 10, 64 << 10] {
+        let dir = tempfile::tempdir().unwrap();
+        let meta = |transaction| format::Meta {
+            page_bytes: page_bytes as u32,
+            root: 2,
+            sequence: 0,
+            freelist: NO_FREELIST,
+            pages: 3,
+            transaction,
+        };
+        let root = format::Builder::new(2, format::LEAF, 0, 0, page_bytes).finish(page_bytes);
+        let image = [meta(4).encode(0), meta(5).encode(1), root].concat();
+        fs::write(dir.path().join(DATA), &image).unwrap();
+        let mut n = 0;
+        for _ in 0..3 {
+            let engine = open(dir.path());
+            for _ in 0..50 {
+                n += 1;
+                engine.commit(&numbered(n), Durability::Durable).unwrap();
+            }
+            assert_eq!(check_numbered(&engine, "other pages"), n);
+            assert_eq!(engine.size().unwrap() % page_bytes as u64, 0);
+        }
+        // the second meta is found where the first says nothing about the size of pages
+        let data = dir.path().join(DATA);
+        let mut image = fs::read(&data).unwrap();
+        let newer =
+            [0, page_bytes].map(|at| format::Meta::decode(&image[at..]).unwrap().transaction);
+        image[..100].fill(0);
+        fs::write(&data, &image).unwrap();
+        let survived = if newer[0] > newer[1] { n - 1 } else { n };
+        assert_eq!(check_numbered(&open(dir.path()), "one meta"), survived);
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let meta = format::Meta {
+        page_bytes: 1 << 20,
+        root: 2,
+        sequence: 0,
+        freelist: NO_FREELIST,
+        pages: 3,
+        transaction: 1,
+    };
+    fs::write(dir.path().join(DATA), [meta.encode(1), vec![0; 3 << 20]].concat()).unwrap();
+    let error = error_of(dir.path());
+    assert!(error.to_string().contains("pages of 1048576 bytes"), "{error}");
+}
+
+/// With a list of free pages that is wrong, the check says what is.
+#[test]
+fn the_check_finds_what_a_wrong_freelist_hides() {
+    let dir = tempfile::tempdir().unwrap();
+    {
+        let engine = open_small(dir.path(), true);
+        for n in 1..=40 {
+            engine.commit(&numbered(n), Durability::Durable).unwrap();
+        }
+    }
+    let data = dir.path().join(DATA);
+    let image = fs::read(&data).unwrap();
+    let metas = [0, PAGE_BYTES].map(|at| format::Meta::decode(&image[at..]).unwrap());
+    let meta = metas.into_iter().max_by_key(|meta| meta.transaction).unwrap();
+    let at = meta.freelist as usize * PAGE_BYTES;
+    let ids = format::decode_freelist(&image[at..at + PAGE_BYTES], meta.pages).unwrap();
+    assert!(ids.len() > 3 && !ids.contains(&meta.root));
+    let found = |ids: &[u64]| {
+        let mut image = image.clone();
+        let list = format::encode_freelist(meta.freelist, ids, 1, PAGE_BYTES);
+        image[at..at + PAGE_BYTES].copy_from_slice(&list);
+        fs::write(&data, &image).unwrap();
+        let engine = open_small(dir.path(), true);
+        engine.check().map_err(|error| error.to_string())
+    };
+    assert_eq!(found(&ids).unwrap().unused, ids.len() as u64);
+    let error = found(&ids[1..]).unwrap_err();
+    assert!(error.contains(&format!("page {}: it is neither", ids[0])), "{error}");
+    let mut more = ids.clone();
+    more.push(meta.root);
+    more.sort_unstable();
+    let error = found(&more).unwrap_err();
+    assert!(error.contains(&format!("page {}: it is in use and", meta.root)), "{error}");
+    // what opening itself refuses
+    fs::write(&data, &image).unwrap();
+    let file = File::options().write(true).open(&data).unwrap();
+    file.write_all_at(&1_u64.to_le_bytes(), (at + 16) as u64).unwrap();
+    let error = Bbolt::open(dir.path(), &small(true)).err().unwrap();
+    assert!(error.to_string().contains("number 0 of its free pages is 1"), "{error}");
+}
