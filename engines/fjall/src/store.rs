@@ -317,8 +317,8 @@ fn database(path: &Path, cache_bytes: u64) -> Result<Database, EngineError> {
 
 fn settings(compression: &str) -> KeyspaceCreateOptions {
     let compression = match compression {
-        // what is still going to be merged is not worth it
-        "lz4" => CompressionPolicy::new([CompressionType::None, CompressionType::Lz4]),
+        // also the first level: tables of appended keys move to the last as they are
+        "lz4" => CompressionPolicy::all(CompressionType::Lz4),
         _ => CompressionPolicy::disabled(),
     };
     KeyspaceCreateOptions::default()
