@@ -503,7 +503,7 @@ mod tests {
             duration: Duration::from_millis(1),
         };
         let interrupt = Interrupt::watch().unwrap();
-        let mut error = |program: &str| {
+        let error = |program: &str| {
             let run = run(Path::new(program), &job, &interrupt, &mut Vec::new()).unwrap();
             match run.outcome {
                 Outcome::Failed { error } => error,

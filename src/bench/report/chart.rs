@@ -244,7 +244,7 @@ pub fn over_time(title: &str, lines: &[Line<'_>], show: fn(f64) -> String) -> St
 
 fn dash(colour: usize) -> &'static str {
     // Neighbours differ, and so do two subjects of one colour.
-    DASHES[(colour + colour / COLOURS) % DASHES.len()]
+    DASHES[(colour % COLOURS + colour / COLOURS) % DASHES.len()]
 }
 
 /// The next of 1, 2, 4, 8... mebibytes or so: a quarter of it is a plain number.
