@@ -12,7 +12,7 @@ use quorate_proto::{v3electionpb as election, v3lockpb as lock};
 use tonic::Code;
 
 use crate::call::Call;
-use crate::rig::{Session, User, secured, subjects};
+use crate::login::{Session, User, secured, subjects};
 use crate::server::{Kind, Said, error, get, op, put_of, span};
 
 /// What the caller of a row must be.
@@ -496,7 +496,7 @@ fn users() -> Vec<Row> {
             Nothing,
             Call::Authenticate(pb::AuthenticateRequest {
                 name: text("plain"),
-                password: crate::rig::password("plain"),
+                password: crate::login::password("plain"),
             }),
         ),
         row(

@@ -14,7 +14,7 @@ use tonic::Code;
 
 use crate::access::{delete, denied, grant_lease, nested, put, put_leased, user_empty, watch};
 use crate::call::Call;
-use crate::rig::{Session, User, secured, subjects};
+use crate::login::{Session, User, secured, subjects};
 use crate::server::{Kind, Member, get, kv, op, revision};
 
 const READER: User = ("reader", &[(Type::Read, "a", "")]);

@@ -5,7 +5,7 @@ use quorate_proto::health::HealthCheckRequest;
 use quorate_proto::{v3electionpb as election, v3lockpb as lock};
 use tonic::Streaming;
 
-use crate::rig::Session;
+use crate::login::Session;
 use crate::server::{PATIENCE, Said, said};
 
 #[derive(Clone, Debug)]

@@ -9,11 +9,11 @@ use tonic::transport::Endpoint;
 
 use crate::access::denied;
 use crate::call::Call;
-use crate::cluster_rig::cluster::{Cluster, Options};
-use crate::cluster_rig::net::Node;
-use crate::cluster_rig::process::Program;
-use crate::cluster_rig::{run, wait_for};
-use crate::rig::{CHEAP, Session, User, login, password, secure, subjects};
+use crate::login::{CHEAP, Session, User, login, password, secure, subjects};
+use crate::rig::cluster::{Cluster, Options};
+use crate::rig::net::Node;
+use crate::rig::process::Program;
+use crate::rig::{run, wait_for};
 use crate::server::{Api, Kind, Member, get, revision, said};
 use crate::tokens::{USER, failed, invalid};
 
@@ -122,7 +122,7 @@ fn a_token_of_one_member_is_good_on_the_others() {
         for to in ALL {
             for from in ALL.into_iter().filter(|from| *from != to) {
                 let delay = Duration::from_millis(20);
-                let rule = crate::cluster_rig::net::Rule { delay, ..Default::default() };
+                let rule = crate::rig::net::Rule { delay, ..Default::default() };
                 cluster.net.set(from, to, rule);
             }
         }
@@ -426,7 +426,7 @@ fn two_members_and_one_of_etcd() {
 #[tokio::test]
 async fn a_snapshot_is_restored_by_etcd() {
     for kind in subjects() {
-        let (member, root) = crate::rig::secured(
+        let (member, root) = crate::login::secured(
             kind,
             &[USER, ("plain", &[]), ("other", &[(Type::Read, "a", "\0")])],
         )

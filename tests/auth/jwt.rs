@@ -14,7 +14,7 @@ use tonic::Code;
 
 use crate::access::denied;
 use crate::call::Call;
-use crate::rig::{CHEAP, Session, login, password, reference_subjects, secure, subjects};
+use crate::login::{CHEAP, Session, login, password, reference_subjects, secure, subjects};
 use crate::server::{Kind, Member, PATIENCE, Said, error};
 use crate::tokens::{USER, failed, invalid};
 

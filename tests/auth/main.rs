@@ -10,12 +10,21 @@ mod access;
 mod advisories;
 mod call;
 mod cluster;
-#[path = "../cluster/rig/mod.rs"]
-mod cluster_rig;
+// The TLS tests use more of it, and of the next.
+#[allow(dead_code)]
+#[path = "../wire/ctl.rs"]
+mod ctl;
+#[allow(dead_code)]
+#[path = "../tls/deck.rs"]
+mod deck;
 mod etcdctl;
 mod jwt;
+mod login;
+#[path = "../pki/mod.rs"]
+mod pki;
 #[path = "../ports/mod.rs"]
 mod ports;
+#[path = "../cluster/rig/mod.rs"]
 mod rig;
 // The wire tests use more of it.
 #[allow(dead_code)]

@@ -10,7 +10,7 @@ use tonic::metadata::MetadataValue;
 
 use crate::access::denied;
 use crate::call::Call;
-use crate::rig::{
+use crate::login::{
     Session, User, login, password, reference_subjects, secured, secured_with, subjects,
 };
 use crate::server::{Kind, Said, error, get, said};

@@ -70,6 +70,11 @@ impl Leaf {
         Leaf { dns: Vec::new(), ips: Vec::new(), usages, ..Leaf::named(common_name) }
     }
 
+    /// [`Leaf::client`] of nobody.
+    pub fn nameless() -> Leaf {
+        Leaf { common_name: None, ..Leaf::client("") }
+    }
+
     /// With these addresses instead of the loopback device's.
     pub fn with_names(mut self, dns: &[&str], ips: &[&str]) -> Leaf {
         self.dns = dns.iter().map(ToString::to_string).collect();

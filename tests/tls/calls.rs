@@ -6,8 +6,22 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use crate::deck::Deck;
 use crate::rig::cluster::{Cluster, Options};
+use crate::rig::net::Node;
 use crate::rig::process::Program;
 use crate::rig::{run, wait_for};
+
+/// Adds a learner to the members `to` and runs it; answers its id, too.
+pub async fn run_learner(cluster: &mut Cluster, to: &[Node]) -> (Node, u64) {
+    let learner = cluster.place_joining(to);
+    let url = cluster.members[learner].peer_url.clone();
+    let added = cluster.by_any("adding a learner", |client| {
+        let url = url.clone();
+        async move { client.member_add(&url, true).await }
+    });
+    let id = added.await.id;
+    cluster.run(learner);
+    (learner, id)
+}
 
 #[test]
 fn followers_pass_leases_and_promotions_on_to_the_leader() {
@@ -27,14 +41,7 @@ fn followers_pass_leases_and_promotions_on_to_the_leader() {
         let left = follower.lease.clone().lease_time_to_live(asks).await.unwrap().into_inner();
         assert_eq!((left.id, left.granted_ttl), (7, 600));
 
-        let learner = cluster.place_joining(&[0, 1]);
-        let url = cluster.members[learner].peer_url.clone();
-        let added = cluster.by_any("adding a learner", |client| {
-            let url = url.clone();
-            async move { client.member_add(&url, true).await }
-        });
-        let id = added.await.id;
-        cluster.run(learner);
+        let (learner, id) = run_learner(&mut cluster, &[0, 1]).await;
         let follower = cluster.client(cluster.leader_among(&[0, 1]).await ^ 1);
         wait_for("the follower to have the learner promoted", || async {
             follower.member_promote(id).await.map_err(|error| error.to_string())

@@ -84,6 +84,11 @@ pub fn flag(name: &str, path: &Path) -> String {
     format!("--{name}={}", path.display())
 }
 
+/// What etcdctl is told for it to trust `ca` and to show a certificate.
+pub fn shows(ca: &Path, files: &Files) -> Vec<String> {
+    vec![flag("cacert", ca), flag("cert", &files.cert), flag("key", &files.key)]
+}
+
 /// A client that trusts the authorities in `roots` (PEM) and shows what it was issued.
 pub fn client_config(roots: &str, shown: Option<&Issued>) -> Arc<ClientConfig> {
     let mut store = RootCertStore::empty();

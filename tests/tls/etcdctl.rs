@@ -1,11 +1,10 @@
 //! etcdctl over TLS: who gets in and who does not, here and with etcd.
 
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use crate::deck::{Deck, client_config, flag};
-use crate::pki::{self, Authority, Files, Issued, Leaf};
+use crate::deck::{Deck, client_config, flag, shows};
+use crate::pki::{self, Authority, Issued, Leaf};
 use crate::rig::cluster::{Cluster, Options};
 use crate::rig::process::Program;
 use crate::rig::run;
@@ -55,10 +54,6 @@ struct Case {
     what: &'static str,
     credentials: Vec<String>,
     served: bool,
-}
-
-pub fn shows(ca: &Path, files: &Files) -> Vec<String> {
-    vec![flag("cacert", ca), flag("cert", &files.cert), flag("key", &files.key)]
 }
 
 /// Runs every case against both programs, each a member with `args`; both must decide alike, by exit

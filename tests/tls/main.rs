@@ -4,11 +4,14 @@ mod calls;
 #[path = "../linearizability/check/mod.rs"]
 mod check;
 mod cluster;
+#[allow(dead_code)]
+#[path = "../wire/ctl.rs"]
+mod ctl;
 mod curl;
 mod deck;
 mod dialer;
 mod etcdctl;
-#[path = "../auth/rig.rs"]
+#[path = "../auth/login.rs"]
 #[allow(dead_code)]
 mod login;
 #[path = "../pki/mod.rs"]

@@ -5,9 +5,6 @@ mod cluster;
 mod gateway;
 mod pages;
 
-use std::io::{BufRead, BufReader};
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use quorate_proto::authpb::UserAddOptions;
@@ -18,8 +15,9 @@ use tokio::io::AsyncWriteExt;
 use tonic::Code;
 use tonic::transport::Endpoint;
 
-use crate::deck::{Deck, client_config, flag};
-use crate::etcdctl::{Said, etcdctl, serve, shows};
+use crate::ctl::Running;
+use crate::deck::{Deck, client_config, flag, shows};
+use crate::etcdctl::{Said, etcdctl, serve};
 use crate::login::{CHEAP, Session, User, password, secure};
 use crate::pki::{Files, Issued, Leaf};
 use crate::rig::cluster::Cluster;
@@ -32,11 +30,6 @@ use crate::server::{Api, error};
 const USERS: [User; 2] = [("alice", &[(Type::Readwrite, "a/", "a0")]), ("plain", &[])];
 /// A user that nobody can log in as.
 const BARE: &str = "bare";
-
-/// A user's certificate without a name.
-fn nameless() -> Leaf {
-    Leaf { common_name: None, ..Leaf::client("") }
-}
 
 /// How somebody comes in with a certificate.
 fn connector(deck: &Deck, shown: Option<&Issued>) -> Connector {
@@ -61,49 +54,6 @@ async fn enable(api: Api) {
     anyone.grant(BARE, (Type::Read, "r/", "r0")).await.unwrap();
     anyone.grant_role(BARE, BARE).await.unwrap();
     secure(api, &USERS).await;
-}
-
-/// A program that goes on until it is dropped.
-struct Running {
-    child: Child,
-    lines: Receiver<String>,
-    seen: Vec<String>,
-}
-
-impl Running {
-    fn start(mut command: Command) -> Running {
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-        let (sender, lines) = channel();
-        let out = BufReader::new(child.stdout.take().unwrap());
-        // It ends with the program's output.
-        std::thread::spawn(move || {
-            for line in out.lines().map_while(Result::ok) {
-                if sender.send(line).is_err() {
-                    return;
-                }
-            }
-        });
-        Running { child, lines, seen: Vec::new() }
-    }
-
-    /// The next line that it prints.
-    fn line(&mut self) -> String {
-        match self.lines.recv_timeout(PATIENCE) {
-            Ok(line) => {
-                self.seen.push(line.clone());
-                line
-            }
-            Err(error) => panic!("{error} behind {:?}", self.seen),
-        }
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // It may have ended already.
-        self.child.kill().ok();
-        self.child.wait().ok();
-    }
 }
 
 /// One member of each program, with the same users.
@@ -184,7 +134,7 @@ fn a_certificate_names_its_user_as_with_etcd() {
     let client = |name: &str| shows(&Leaf::client(name), name, None);
     let (alice, plain, bare, root) =
         (client("alice"), client("plain"), client(BARE), client("root"));
-    let (stranger, nobody) = (client("stranger"), shows(&nameless(), "nameless", None));
+    let (stranger, nobody) = (client("stranger"), shows(&Leaf::nameless(), "nameless", None));
     let [put, get] = [&["put", "a/1", "v"], &["get", "a/1", "-w=simple"]].map(|words| &words[..]);
     run(async {
         let pair = Pair::start(&deck).await;
@@ -276,10 +226,10 @@ fn a_certificate_watches_what_its_user_may_as_with_etcd() {
         let seen = pair.ports().map(|port| {
             let mut watch =
                 Running::start(crate::etcdctl::command(&endpoint(port), &alice, &words));
-            let mut seen: Vec<String> = (0..8).map(|_| watch.line()).collect();
+            let mut seen = watch.lines(8);
             // It goes on.
             assert_eq!(call(port, &alice, &["put", "a/k", "3"]).code, 0);
-            seen.extend((0..5).map(|_| watch.line()));
+            seen.extend(watch.lines(5));
             seen
         });
         assert_eq!(seen[0], seen[1]);
@@ -311,7 +261,7 @@ fn a_token_counts_and_not_the_certificate_as_with_etcd() {
     let files = |leaf: &Leaf, name: &str| deck.write(&deck.signer.issue(leaf), name);
     let (alice, stranger) = (Leaf::client("alice"), Leaf::client("stranger"));
     let alice = files(&alice, "alice");
-    let (stranger, nobody) = (files(&stranger, "stranger"), files(&nameless(), "nameless"));
+    let (stranger, nobody) = (files(&stranger, "stranger"), files(&Leaf::nameless(), "nameless"));
     let root_files = deck.write(&root, "root");
     let login = |name: &str| format!("{name}:{}", password(name));
     let (as_alice, as_root) = (login("alice"), login("root"));

@@ -1,12 +1,11 @@
 //! Debian's etcdctl against both servers: the same commands, the same output.
 
-use std::io::Write;
-use std::process::{Child, Command, Output, Stdio};
-use std::time::Instant;
+use std::process::Output;
 
 use serde_json::Value;
 
-use crate::server::{Kind, Member, PATIENCE};
+use crate::ctl::{self, Printed, Running, etcdctl, printed};
+use crate::server::{Kind, Member};
 
 /// `etcdctl args` against `member`, which waits for it to end.
 fn run(member: &Member, args: &[&str], input: &str) -> Output {
@@ -15,57 +14,7 @@ fn run(member: &Member, args: &[&str], input: &str) -> Output {
 
 /// `run` with the member's endpoint written as `endpoint`.
 fn run_at(endpoint: &str, member: &Member, args: &[&str], input: &str) -> Output {
-    let mut child = spawn(endpoint, member, args);
-    child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
-    child.wait_with_output().unwrap()
-}
-
-fn spawn(endpoint: &str, member: &Member, args: &[&str]) -> Child {
-    let mut command = Command::new("etcdctl");
-    // Settings of the surroundings would name another server.
-    for (name, _) in std::env::vars_os() {
-        if name.to_string_lossy().starts_with("ETCDCTL_") {
-            command.env_remove(name);
-        }
-    }
-    command
-        .env("ETCDCTL_API", "3")
-        .arg("--endpoints")
-        .arg(endpoint)
-        .args(args)
-        .current_dir(member.scratch())
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    command.spawn().expect("etcdctl is installed")
-}
-
-/// What a command printed and how it ended.
-#[derive(PartialEq, Eq, Debug)]
-struct Printed {
-    out: String,
-    errors: String,
-    code: Option<i32>,
-}
-
-fn printed(member: &Member, output: &Output) -> Printed {
-    Printed {
-        out: normal(member, &String::from_utf8_lossy(&output.stdout)),
-        errors: errors(member, &String::from_utf8_lossy(&output.stderr)),
-        code: output.status.code(),
-    }
-}
-
-/// Without the lines of the client's own log, which have times and random names in them.
-fn errors(member: &Member, text: &str) -> String {
-    let told: Vec<_> = text.lines().filter(|line| !line.starts_with("{\"level\"")).collect();
-    normal(member, &told.join("\n"))
-}
-
-/// `text` with what belongs to one member (its address, and so the id that follows from it) given a
-/// common name.
-fn normal(member: &Member, text: &str) -> String {
-    text.replace(&member.endpoint(), "ENDPOINT").replace(&member.peer_url(), "PEER")
+    ctl::run(etcdctl(member, endpoint, args), input)
 }
 
 /// Runs every command against both and compares.
@@ -414,34 +363,7 @@ fn watch(member: &Member, args: &[&str], lines: usize) -> Vec<String> {
 }
 
 fn watch_at(endpoint: &str, member: &Member, args: &[&str], lines: usize) -> Vec<String> {
-    use std::io::{BufRead, BufReader};
-    let mut child = spawn(endpoint, member, args);
-    let out = child.stdout.take().unwrap();
-    let (sender, receiver) = std::sync::mpsc::channel();
-    let reader = std::thread::spawn(move || {
-        for line in BufReader::new(out).lines() {
-            let Ok(line) = line else { return };
-            if sender.send(line).is_err() {
-                return;
-            }
-        }
-    });
-    let deadline = Instant::now() + PATIENCE;
-    let mut seen = Vec::new();
-    while seen.len() < lines {
-        let left = deadline.saturating_duration_since(Instant::now());
-        match receiver.recv_timeout(left) {
-            Ok(line) => seen.push(line),
-            Err(error) => {
-                child.kill().ok();
-                panic!("{:?}: etcdctl {args:?} printed only {seen:?}: {error}", member.kind)
-            }
-        }
-    }
-    child.kill().unwrap();
-    child.wait().unwrap();
-    reader.join().unwrap();
-    seen
+    Running::start(etcdctl(member, endpoint, args)).lines(lines)
 }
 
 #[tokio::test]
@@ -495,127 +417,4 @@ async fn endpoints_as_urls() {
         .each_ref()
         .map(|member| watch_at(&url(member), member, &["watch", "a", "--rev", "1"], 6));
     assert_eq!(ours, theirs);
-}
-
-/// While authentication is off, all of it can be prepared.
-#[tokio::test]
-async fn users_and_roles() {
-    let pair = pair(Kind::Redb).await;
-    let commands: &[(&[&str], &str)] = &[
-        (&["user", "list"], ""),
-        (&["role", "list"], ""),
-        (&["user", "add", "u1:pw"], ""),
-        (&["user", "add", "u1:pw"], ""),
-        (&["user", "add", "u3", "--interactive=false"], "pw\n"),
-        (&["user", "add", "u2", "--no-password"], ""),
-        (&["user", "add", ":pw"], ""),
-        (&["user", "add", "", "--no-password"], ""),
-        (&["user", "list"], ""),
-        (&["user", "get", "u1"], ""),
-        (&["user", "get", "nobody"], ""),
-        (&["user", "get", "u1", "--detail"], ""),
-        (&["user", "passwd", "u1", "--interactive=false"], "other\n"),
-        (&["user", "passwd", "nobody", "--interactive=false"], "other\n"),
-        (&["role", "add", "r1"], ""),
-        (&["role", "add", "r1"], ""),
-        (&["role", "add", ""], ""),
-        (&["role", "add", "r2"], ""),
-        (&["role", "list"], ""),
-        (&["role", "get", "r1"], ""),
-        (&["role", "get", "nothing"], ""),
-        (&["role", "get", "root"], ""),
-        (&["role", "grant-permission", "r1", "read", "a"], ""),
-        (&["role", "grant-permission", "r1", "write", "a"], ""),
-        (&["role", "grant-permission", "r1", "readwrite", "z", "zz"], ""),
-        (&["role", "grant-permission", "r1", "write", "m/", "--prefix"], ""),
-        (&["role", "grant-permission", "r1", "read", "n", "--from-key"], ""),
-        (&["role", "grant-permission", "r1", "read", "", "--prefix"], ""),
-        (&["role", "grant-permission", "r1", "read", "m/", "m0"], ""),
-        (&["role", "grant-permission", "r1", "read", "m/"], ""),
-        (&["role", "grant-permission", "r1", "read", "m/"], ""),
-        (&["role", "grant-permission", "r1", "nonsense", "m/"], ""),
-        (&["role", "grant-permission", "nothing", "read", "a"], ""),
-        (&["role", "get", "r1"], ""),
-        (&["role", "get", "r1", "-w", "json"], ""),
-        (&["role", "revoke-permission", "r1", "m/"], ""),
-        (&["role", "revoke-permission", "r1", "m/"], ""),
-        (&["role", "revoke-permission", "r1", "m/", "--prefix"], ""),
-        (&["role", "revoke-permission", "r1", "n", "--from-key"], ""),
-        (&["role", "revoke-permission", "r1", "z", "zzz"], ""),
-        (&["role", "revoke-permission", "nothing", "a"], ""),
-        (&["role", "get", "r1"], ""),
-        (&["user", "grant-role", "u1", "r2"], ""),
-        (&["user", "grant-role", "u1", "r1"], ""),
-        (&["user", "grant-role", "u1", "r1"], ""),
-        (&["user", "grant-role", "u1", "root"], ""),
-        (&["user", "grant-role", "u2", "r1"], ""),
-        (&["user", "grant-role", "u1", "nothing"], ""),
-        (&["user", "grant-role", "nobody", "r1"], ""),
-        (&["user", "get", "u1"], ""),
-        (&["user", "get", "u2", "--detail"], ""),
-        (&["user", "revoke-role", "u1", "root"], ""),
-        (&["user", "revoke-role", "u1", "root"], ""),
-        (&["user", "revoke-role", "nobody", "r1"], ""),
-        (&["role", "delete", "r1"], ""),
-        (&["role", "delete", "r1"], ""),
-        (&["user", "get", "u1"], ""),
-        (&["user", "get", "u2"], ""),
-        (&["auth", "enable"], ""),
-        (&["user", "add", "root:pw"], ""),
-        (&["role", "add", "root"], ""),
-        (&["role", "grant-permission", "root", "read", "a"], ""),
-        (&["user", "delete", "u2"], ""),
-        (&["user", "delete", "u2"], ""),
-        (&["user", "list"], ""),
-        (&["auth", "disable"], ""),
-        // Nobody asks for users while authentication is off, and no key has moved.
-        (&["--user", "u1:other", "get", "a"], ""),
-        (&["put", "a", "1"], ""),
-        (&["get", "a", "-w", "fields", "--print-value-only"], ""),
-    ];
-    for (args, input) in commands {
-        let [ours, theirs] = pair.each_ref().map(|member| {
-            let mut printed = printed(member, &run(member, args, input));
-            if args.contains(&"json") || args.contains(&"fields") {
-                printed.out = own_ids_hidden(&printed.out);
-            }
-            printed
-        });
-        assert_eq!(ours, theirs, "etcdctl {args:?}");
-    }
-    // 3.5 and later tell what root may do, whatever it was granted.
-    let root = printed(&pair[0], &run(&pair[0], &["role", "get", "root"], ""));
-    let everything = "\t[, <open ended> (prefix )\n";
-    assert_eq!(root.out, format!("Role root\nKV Read:\n{everything}KV Write:\n{everything}"));
-    // Switched on, everyone has to say who they are.
-    let commands: &[&[&str]] = &[
-        &["user", "grant-role", "root", "root"],
-        &["auth", "enable"],
-        &["put", "b", "1"],
-        &["--user", "root:other", "put", "b", "1"],
-        &["--user", "root:pw", "put", "b", "1"],
-        &["get", "b"],
-        &["--user", "root:pw", "get", "b"],
-        &["--user", "root:pw", "auth", "disable"],
-        &["get", "b"],
-    ];
-    for args in commands {
-        let [ours, theirs] = pair.each_ref().map(|member| printed(member, &run(member, args, "")));
-        assert_eq!(ours, theirs, "etcdctl {args:?}");
-    }
-}
-
-/// Output without ids and terms, which differ between any two clusters.
-fn own_ids_hidden(text: &str) -> String {
-    let mut out = String::new();
-    let mut rest = text;
-    let names = ["cluster_id\":", "member_id\":", "raft_term\":", "ID\" : ", "RaftTerm\" : "];
-    while let Some((at, name)) =
-        names.iter().filter_map(|name| Some((rest.find(name)?, name))).min()
-    {
-        let (before, after) = rest.split_at(at + name.len());
-        out.push_str(before);
-        rest = after.trim_start_matches(|c: char| c.is_ascii_digit());
-    }
-    out + rest
 }

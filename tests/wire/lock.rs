@@ -1,13 +1,10 @@
 //! Locks and elections: the same calls to both servers, the same answers; and what a lease that ends, a
 //! caller that leaves and a member that stops do to those who wait.
 
-use std::io::{BufRead, BufReader, Read};
-use std::process::{Command, Stdio};
+use std::io::Read;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use quorate_proto::etcdserverpb as pb;
 use quorate_proto::v3electionpb as election;
 use quorate_proto::v3electionpb::election_client::ElectionClient;
@@ -18,6 +15,7 @@ use tonic::metadata::MetadataValue;
 use tonic::transport::Channel;
 use tonic::{Code, Request, Response, Streaming};
 
+use crate::ctl::{Running, etcdctl};
 use crate::server::{
     Api, Kind, Member, PATIENCE, Said, error, get, keys, kv, revision, said, span,
 };
@@ -748,72 +746,8 @@ fn calls(member: &Member) -> Vec<(String, f64)> {
 }
 
 /// An etcdctl that runs until it is told to end.
-struct Running {
-    child: std::process::Child,
-    lines: std::sync::mpsc::Receiver<String>,
-}
-
-impl Running {
-    fn start(member: &Member, args: &[&str]) -> Running {
-        let mut command = Command::new("etcdctl");
-        for (name, _) in std::env::vars_os() {
-            if name.to_string_lossy().starts_with("ETCDCTL_") {
-                command.env_remove(name);
-            }
-        }
-        let mut child = command
-            .env("ETCDCTL_API", "3")
-            .arg("--endpoints")
-            .arg(member.endpoint())
-            .args(args)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .expect("etcdctl is installed");
-        let out = BufReader::new(child.stdout.take().unwrap());
-        let (sender, lines) = std::sync::mpsc::channel();
-        std::thread::spawn(move || {
-            for line in out.lines() {
-                let Ok(line) = line else { return };
-                if sender.send(line).is_err() {
-                    return;
-                }
-            }
-        });
-        Running { child, lines }
-    }
-
-    fn line(&self) -> String {
-        self.lines.recv_timeout(PATIENCE).expect("a line in time")
-    }
-
-    fn interrupt(&self) {
-        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGINT).unwrap();
-    }
-
-    /// The rest of what it prints, what it says of errors, and its exit code.
-    fn end(mut self) -> (Vec<String>, String, Option<i32>) {
-        let deadline = Instant::now() + PATIENCE;
-        let status = loop {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                break status;
-            }
-            assert!(Instant::now() < deadline, "etcdctl does not end");
-            std::thread::sleep(Duration::from_millis(5));
-        };
-        let mut errors = String::new();
-        self.child.stderr.take().unwrap().read_to_string(&mut errors).unwrap();
-        (self.lines.iter().collect(), errors, status.code())
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // One that has ended needs no killing.
-        self.child.kill().ok();
-        self.child.wait().unwrap();
-    }
+fn running(member: &Member, args: &[&str]) -> Running {
+    Running::start(etcdctl(member, &member.endpoint(), args))
 }
 
 /// Whether a line is the key of a lease below a name.
@@ -829,7 +763,7 @@ async fn etcdctl_locks() {
         let member = Member::start(kind).await;
         let mut clients = Clients::of(&member);
         clients.api.grant(600, 5).await.unwrap();
-        let holder = Running::start(&member, &["lock", "l", "--ttl", "7"]);
+        let mut holder = running(&member, &["lock", "l", "--ttl", "7"]);
         let key = holder.line();
         assert!(is_key(&key, "l"), "{kind:?}: {key}");
         let lease = i64::from_str_radix(key.strip_prefix("l/").unwrap(), 16).unwrap();
@@ -837,10 +771,10 @@ async fn etcdctl_locks() {
         let left = clients.api.lease.lease_time_to_live(ask).await.unwrap().into_inner();
         assert_eq!(left.granted_ttl, 7, "{kind:?}");
         let served = clients.waiting("l", 5).await;
-        let behind = Running::start(&member, &["lock", "l", "echo", "locked"]);
+        let mut behind = running(&member, &["lock", "l", "echo", "locked"]);
         until("three keys", async || clients.api.range(span("l/", "l0")).await.unwrap().count == 3)
             .await;
-        holder.interrupt();
+        holder.terminate();
         let (rest, _, _) = holder.end();
         assert!(rest.iter().all(String::is_empty), "{kind:?}: {rest:?}");
         assert_eq!(soon(served).await.unwrap().unwrap().key, "l/5", "{kind:?}");
@@ -850,7 +784,7 @@ async fn etcdctl_locks() {
         assert_eq!((rest.len(), &*errors, code), (0, "", Some(0)), "{kind:?}");
         assert_eq!(clients.api.range(span("l/", "l0")).await.unwrap().count, 0, "{kind:?}");
         // A command that fails while the lock is held.
-        let failing = Running::start(&member, &["lock", "l", "false"]);
+        let failing = running(&member, &["lock", "l", "false"]);
         let (out, _, code) = failing.end();
         assert_eq!((out.len(), code), (0, Some(1)), "{kind:?}");
     }
@@ -862,25 +796,25 @@ async fn etcdctl_elects() {
         let member = Member::start(kind).await;
         let mut clients = Clients::of(&member);
         clients.api.grant(600, 5).await.unwrap();
-        let first = Running::start(&member, &["elect", "e", "one"]);
+        let mut first = running(&member, &["elect", "e", "one"]);
         let key = first.line();
         assert!(is_key(&key, "e"), "{kind:?}: {key}");
         assert_eq!(first.line(), "one", "{kind:?}");
-        let listener = Running::start(&member, &["elect", "e", "-l"]);
+        let mut listener = running(&member, &["elect", "e", "-l"]);
         assert_eq!((listener.line(), listener.line()), (key.clone(), "one".into()), "{kind:?}");
         let mut observer = clients.observe("e");
         assert_eq!(observer.next().await.1, "one", "{kind:?}");
         let mut served = clients.clone();
         let served = tokio::spawn(async move { served.campaign("e", 5, "two").await });
         clients.queued("e/5").await;
-        first.interrupt();
+        first.terminate();
         first.end();
         let (_, leader) = soon(served).await.unwrap().unwrap();
         assert_eq!((listener.line(), listener.line()), ("e/5".into(), "two".into()), "{kind:?}");
         assert_eq!(observer.next().await.1, "two", "{kind:?}");
         clients.proclaim(Some(leader), "three").await.unwrap();
         assert_eq!((listener.line(), listener.line()), ("e/5".into(), "three".into()), "{kind:?}");
-        listener.interrupt();
+        listener.terminate();
         listener.end();
     }
 }

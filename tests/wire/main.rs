@@ -5,6 +5,7 @@
 //! own. `etcd` and `etcdctl` must be installed; they are release 3.4.23 where this was written, and
 //! every difference that a test allows for says which rule of a later release it follows.
 
+mod ctl;
 mod etcdctl;
 mod grpc;
 mod hash;
@@ -13,5 +14,7 @@ mod lock;
 mod ports;
 mod probes;
 mod random;
+// The tests of authentication use more of it.
+#[allow(dead_code)]
 mod server;
 mod snapshot;

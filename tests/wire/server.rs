@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use quorate_proto::etcdserverpb as pb;
@@ -32,6 +33,9 @@ pub enum Kind {
     Etcd,
 }
 
+/// How clients come to a member that speaks TLS to them.
+pub type Dial = Arc<dyn Fn(Endpoint) -> Channel + Send + Sync>;
+
 /// A cluster of one member. It ends with this value.
 pub struct Member {
     pub kind: Kind,
@@ -40,6 +44,8 @@ pub struct Member {
     dir: TempDir,
     data_dir: PathBuf,
     flags: Vec<String>,
+    /// None for a client port without TLS.
+    dial: Option<Dial>,
     child: Option<Child>,
 }
 
@@ -56,8 +62,26 @@ impl Member {
         Self::over(kind, dir, data_dir, flags).await
     }
 
+    /// A member whose client port speaks TLS, with what `flags` say; with an empty data directory, ready to
+    /// serve.
+    pub async fn with_tls(kind: Kind, flags: &[&str], dial: Dial) -> Member {
+        let dir = TempDir::new().unwrap();
+        let data_dir = dir.path().join("data");
+        Self::serving(kind, dir, data_dir, flags, Some(dial)).await
+    }
+
     /// A member over what is in `data_dir`, which is in `dir`.
     pub async fn over(kind: Kind, dir: TempDir, data_dir: PathBuf, flags: &[&str]) -> Member {
+        Self::serving(kind, dir, data_dir, flags, None).await
+    }
+
+    async fn serving(
+        kind: Kind,
+        dir: TempDir,
+        data_dir: PathBuf,
+        flags: &[&str],
+        dial: Option<Dial>,
+    ) -> Member {
         let mut member = Member {
             kind,
             client_port: free_port(),
@@ -65,6 +89,7 @@ impl Member {
             dir,
             data_dir,
             flags: flags.iter().map(|flag| flag.to_string()).collect(),
+            dial,
             child: None,
         };
         if let Err(log) = member.run().await {
@@ -81,7 +106,7 @@ impl Member {
             Kind::Etcd => Command::new("etcd"),
             Kind::Redb | Kind::Memory => Command::new(env!("CARGO_BIN_EXE_quorate")),
         };
-        let client = format!("http://127.0.0.1:{}", self.client_port);
+        let client = self.client_url();
         let peer = self.peer_url();
         let cluster = format!("default={peer}");
         command.arg("--data-dir").arg(&self.data_dir).args([
@@ -184,6 +209,11 @@ impl Member {
         format!("127.0.0.1:{}", self.client_port)
     }
 
+    pub fn client_url(&self) -> String {
+        let scheme = if self.dial.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", self.endpoint())
+    }
+
     pub fn peer_url(&self) -> String {
         format!("http://127.0.0.1:{}", self.peer_port)
     }
@@ -195,13 +225,21 @@ impl Member {
 
     /// A connection of its own.
     pub fn api(&self) -> Api {
-        let endpoint = Endpoint::from_shared(format!("http://{}", self.endpoint())).unwrap();
-        Api::new(endpoint.timeout(PATIENCE).connect_lazy())
+        Api::new(self.dialled(|endpoint| endpoint.timeout(PATIENCE)))
     }
 
     /// A connection without a deadline, for streams that are to stay open.
     pub fn channel(&self) -> Channel {
-        Endpoint::from_shared(format!("http://{}", self.endpoint())).unwrap().connect_lazy()
+        self.dialled(|endpoint| endpoint)
+    }
+
+    fn dialled(&self, with: impl FnOnce(Endpoint) -> Endpoint) -> Channel {
+        // What dials with TLS does so whatever the scheme is.
+        let endpoint = Endpoint::from_shared(format!("http://{}", self.endpoint())).unwrap();
+        match &self.dial {
+            Some(dial) => dial(with(endpoint)),
+            None => with(endpoint).connect_lazy(),
+        }
     }
 }
 

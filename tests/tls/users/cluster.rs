@@ -7,7 +7,8 @@ use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status};
 
-use super::{CHEAP, api, connector, enable, nameless};
+use super::{CHEAP, api, connector, enable};
+use crate::calls::run_learner;
 use crate::deck::{Deck, client_config};
 use crate::login::{Session, login, password};
 use crate::pki::{self, Authority, Leaf};
@@ -101,7 +102,7 @@ fn followers_pass_leases_of_certificates_users_on_to_the_leader() {
                     assert_eq!(keep_alive(&other, id).await, Err(denied()), "{what}: {name}");
                     assert_eq!(time_to_live(&other, id).await, Err(denied()), "{what}: {name}");
                 }
-                let nobody = user(&cluster, asked, &deck, &nameless());
+                let nobody = user(&cluster, asked, &deck, &Leaf::nameless());
                 assert_eq!(keep_alive(&nobody, id).await, Err(user_empty()), "{what}");
                 assert_eq!(time_to_live(&nobody, id).await, Err(user_empty()), "{what}");
                 let root = user(&cluster, asked, &deck, &Leaf::client("root"));
@@ -121,16 +122,9 @@ fn a_follower_passes_a_promotion_on_with_roots_token() {
     let deck = Deck::new();
     run(async {
         let mut cluster = secured(2, options(&deck)).await;
-        let learner = cluster.place_joining(&[0, 1]);
-        let url = cluster.members[learner].peer_url.clone();
-        let added = cluster.by_any("adding a learner", |client| {
-            let url = url.clone();
-            async move { client.member_add(&url, true).await }
-        });
-        let id = added.await.id;
-        cluster.run(learner);
+        let (learner, id) = run_learner(&mut cluster, &[0, 1]).await;
         let follower = cluster.leader_among(&[0, 1]).await ^ 1;
-        let nobody = user(&cluster, follower, &deck, &nameless());
+        let nobody = user(&cluster, follower, &deck, &Leaf::nameless());
         let refused = async |session: &Session| said(promote(session, id).await.unwrap_err());
         assert_eq!(refused(&nobody).await, user_empty());
         // A token of somebody else is not helped by root's certificate.
@@ -141,7 +135,7 @@ fn a_follower_passes_a_promotion_on_with_roots_token() {
         };
         let alice = with_token(&Leaf::client("root"), "alice").await;
         assert_eq!(refused(&alice).await, denied());
-        let root = with_token(&nameless(), "root").await;
+        let root = with_token(&Leaf::nameless(), "root").await;
         wait_for("the follower to have the learner promoted", || async {
             promote(&root, id).await.map_err(|error| error.to_string())
         })

@@ -6,7 +6,8 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 
-use super::{Running, api, connector, enable, nameless};
+use super::{api, connector, enable};
+use crate::ctl::Running;
 use crate::deck::{Deck, flag};
 use crate::etcdctl::serve;
 use crate::login::{CHEAP, password};
@@ -129,7 +130,7 @@ fn b64(text: &str) -> String {
 fn a_certificate_with_a_name_is_turned_away_from_the_gateway() {
     let deck = Deck::new();
     let alice = deck.write(&deck.signer.issue(&Leaf::client("alice")), "alice");
-    let unnamed = deck.write(&deck.signer.issue(&nameless()), "nameless");
+    let unnamed = deck.write(&deck.signer.issue(&Leaf::nameless()), "nameless");
     let mut args = deck.client_args();
     args.extend(CHEAP.map(str::to_string));
     run(async {
@@ -280,7 +281,7 @@ fn refusals(nobody: &Asker<'_>, token: &str) {
 #[test]
 fn a_token_opens_the_gateway_behind_a_certificate_without_a_name() {
     let deck = Deck::new();
-    let shown = deck.write(&deck.signer.issue(&nameless()), "nameless");
+    let shown = deck.write(&deck.signer.issue(&Leaf::nameless()), "nameless");
     flows(&deck, &deck.client_args(), Some(shown));
 }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde_json::Value;
 
-use super::{CHEAP, api, call, credentials, enable, nameless};
+use super::{CHEAP, api, call, credentials, enable};
 use crate::deck::Deck;
 use crate::etcdctl::etcdctl;
 use crate::pki::{Files, Leaf};
@@ -48,7 +48,7 @@ fn pages_need_no_user_and_a_status_needs_any() {
     let deck = Deck::new();
     let metrics_port = free_port();
     let files = |leaf: &Leaf, name: &str| deck.write(&deck.signer.issue(leaf), name);
-    let unnamed = files(&nameless(), "nameless");
+    let unnamed = files(&Leaf::nameless(), "nameless");
     let (alice, plain) = (Leaf::client("alice"), Leaf::client("plain"));
     let (alice, plain) = (files(&alice, "alice"), files(&plain, "plain"));
     let stranger = files(&Leaf::client("stranger"), "stranger");
@@ -111,7 +111,7 @@ fn since_1970_s(at: SystemTime) -> f64 {
 #[test]
 fn metrics_tell_when_certificates_end_and_when_they_are_replaced() {
     let deck = Deck::new();
-    let shown = deck.write(&deck.signer.issue(&nameless()), "nameless");
+    let shown = deck.write(&deck.signer.issue(&Leaf::nameless()), "nameless");
     let ends = |hours: u64| SystemTime::now() + Duration::from_secs(hours * 3600);
     let member = |hours| Leaf { until: ends(hours), ..Leaf::named("member") };
     let expiry = |side: &str, role: &str| {
