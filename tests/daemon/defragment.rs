@@ -112,7 +112,7 @@ fn a_member_that_stops_does_not_wait_for_it() {
         let client = filled(&daemon).await;
         let call = begin(&daemon, &client).await;
         daemon.signal(nix::sys::signal::Signal::SIGTERM);
-        let error = call.await.unwrap().unwrap_err();
+        let error = call.await.unwrap().expect_err(&daemon.log_text());
         assert!(!error.message().is_empty(), "{error:?}");
     });
     let cancelled = daemon.wait_logged("failed to defragment");

@@ -63,9 +63,12 @@ fn run(member: &Member) -> Result<(), Status> {
         let _alone = shared.reclaiming.lock();
         let engine = shared.published.load_full().engine.clone();
         // A member that stops tells its engine once; this may begin after that.
-        match *member.stopping.borrow() {
-            true => Err(engine_api::EngineError::Cancelled),
-            false => engine.reclaim().inspect(|_| shared.measure(&*engine)),
+        // Read into a variable: what is borrowed in the condition would keep the member from stopping.
+        let stopping = *member.stopping.borrow();
+        if stopping {
+            Err(engine_api::EngineError::Cancelled)
+        } else {
+            engine.reclaim().inspect(|_| shared.measure(&*engine))
         }
     };
     let took = started.elapsed();
