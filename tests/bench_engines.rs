@@ -1,6 +1,8 @@
 //! `quorate bench engines` and `quorate bench server` as a user calls them, at sizes that say nothing about
 //! speed: that every engine gets through, that the reports hold together, that nothing is left behind.
 
+mod ports;
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
@@ -330,7 +332,7 @@ fn an_engine_that_crashes_does_not_end_the_others() {
 fn an_interruption_ends_cleanly_and_leaves_no_file() {
     for (args, at) in [
         ("engines --engine redb --keys 1000000", nix::sys::signal::Signal::SIGINT),
-        ("server --engine redb --duration 60s --rounds 60", nix::sys::signal::Signal::SIGTERM),
+        ("server --engine redb --duration 20s --rounds 20", nix::sys::signal::Signal::SIGTERM),
     ] {
         let dir = tempfile::tempdir().unwrap();
         let mut running = Running::start(args, dir.path());
@@ -381,39 +383,32 @@ struct Etcd {
 
 impl Etcd {
     fn start() -> Etcd {
-        for _ in 0..5 {
-            let dir = tempfile::tempdir().unwrap();
-            let port = || {
-                let socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-                socket.local_addr().unwrap().port()
-            };
-            let endpoint = format!("127.0.0.1:{}", port());
-            let (client, peer) =
-                (format!("http://{endpoint}"), format!("http://127.0.0.1:{}", port()));
-            let child = Command::new("etcd")
-                .args(["--name", "m", "--data-dir", dir.path().join("m").to_str().unwrap()])
-                .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
-                .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
-                .args(["--initial-cluster", &format!("m={peer}")])
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .spawn()
-                .expect("etcd is installed");
-            let mut etcd = Etcd { child, endpoint, _dir: dir };
-            let deadline = Instant::now() + PATIENCE;
-            // One that has found its port taken ends.
-            while etcd.child.try_wait().unwrap().is_none() && Instant::now() < deadline {
-                let health = Command::new("etcdctl")
-                    .env("ETCDCTL_API", "3")
-                    .args(["--endpoints", &etcd.endpoint, "endpoint", "health"])
-                    .output()
-                    .expect("etcdctl is installed");
-                if health.status.success() {
-                    return etcd;
-                }
+        let dir = tempfile::tempdir().unwrap();
+        let endpoint = format!("127.0.0.1:{}", ports::free_port());
+        let client = format!("http://{endpoint}");
+        let peer = format!("http://127.0.0.1:{}", ports::free_port());
+        let child = Command::new("etcd")
+            .args(["--name", "m", "--data-dir", dir.path().join("m").to_str().unwrap()])
+            .args(["--listen-client-urls", &client, "--advertise-client-urls", &client])
+            .args(["--listen-peer-urls", &peer, "--initial-advertise-peer-urls", &peer])
+            .args(["--initial-cluster", &format!("m={peer}")])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("etcd is installed");
+        let etcd = Etcd { child, endpoint, _dir: dir };
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let health = Command::new("etcdctl")
+                .env("ETCDCTL_API", "3")
+                .args(["--endpoints", &etcd.endpoint, "endpoint", "health"])
+                .output()
+                .expect("etcdctl is installed");
+            if health.status.success() {
+                return etcd;
             }
+            assert!(Instant::now() < deadline, "etcd does not start");
         }
-        panic!("etcd does not start");
     }
 }
 

@@ -322,7 +322,7 @@ impl Applier {
         self.snapshot_index = self.machine.applied();
         self.snapshot_wanted = false;
         self.last_durable = Instant::now();
-        shared.measure(&*engine);
+        shared.measure_at(&*engine, self.machine.applied());
         shared.published.store(Arc::new(Published::of(&self.machine, engine, None)));
         drop(reclaiming);
         // The hub has not been told of anything in between: it reads it from the new store.

@@ -63,7 +63,7 @@ impl Handler<Commit> for BatchCommitter {
             return self.exit.fail("storage engine", &error);
         }
         self.metrics.backend_commit_seconds.record(started.elapsed());
-        self.shared.measure(&*commit.engine);
+        self.shared.measure_at(&*commit.engine, commit.index);
         let durable = commit.durability == Durability::Durable;
         // One commit is in flight at a time, so at most one answer is.
         self.applier.do_send(Committed { index: commit.index, durable });

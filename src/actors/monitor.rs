@@ -58,6 +58,8 @@ pub struct Monitor {
     negotiating: bool,
     alarm: AlarmOptions,
     recovery: Recovery,
+    /// What was known to be committed at the last look at the alarm.
+    committed: Option<Index>,
     disarming: bool,
     /// The last term in which this member has been seen to lead, with an entry of it applied.
     led: Term,
@@ -96,6 +98,7 @@ impl Monitor {
         Monitor {
             alarm,
             recovery: Recovery::new(in_force),
+            committed: None,
             disarming: false,
             shared,
             raft,
@@ -135,7 +138,13 @@ impl Monitor {
         let in_force = nospace(&self.shared, now);
         let raised = self.shared.nospace_raised.swap(false, Ordering::AcqRel)
             || (in_force && now.applied <= self.alarm.log_end);
-        let due = self.recovery.step(raised, in_force, self.alarm.quota.is_back(sizes));
+        // What the engine has not taken yet may need the space: writes of the last moment, or, after a
+        // start, all that the log brings back.
+        let committed = Index(self.shared.raft.committed.load(Ordering::Acquire));
+        let before = self.committed.replace(committed);
+        let counted = before.is_some_and(|before| self.shared.measured() >= before);
+        let is_back = counted && self.alarm.quota.is_back(sizes);
+        let due = self.recovery.step(raised, in_force, is_back);
         if !due || !self.alarm.auto_disarm || self.disarming {
             return;
         }

@@ -145,6 +145,8 @@ pub struct Shared {
     pub compaction_hashes: ArcSwap<CompactionHashes>,
     /// What the engine occupied when it was last measured: live and physical bytes.
     sizes: [AtomicU64; 2],
+    /// The index up to which that holds what was applied.
+    measured: AtomicU64,
     /// This member has asked for its NOSPACE alarm, and the monitor has not heard of it.
     pub nospace_raised: AtomicBool,
     /// Set while the engine gives space back.
@@ -168,7 +170,7 @@ impl Shared {
             .map_or(0, |since| since.as_millis() as u64);
         // Two bytes of the member, five of the time, one that counts and carries (v3-api 6.1).
         let first = (member_id.0 << 48) | ((unix_ms << 8) & 0x0000_ffff_ffff_ff00);
-        let engine = published.engine.clone();
+        let (engine, applied) = (published.engine.clone(), published.applied);
         let shared = Shared {
             cluster_id,
             member_id,
@@ -177,6 +179,7 @@ impl Shared {
             reachable: Arc::default(),
             compaction_hashes: ArcSwap::default(),
             sizes: Default::default(),
+            measured: AtomicU64::new(applied.0),
             nospace_raised: AtomicBool::new(false),
             defragmenting: AtomicBool::new(false),
             defragmentations: Defragmentations::default(),
@@ -198,6 +201,18 @@ impl Shared {
             self.sizes[0].store(live, Ordering::Relaxed);
             self.sizes[1].store(physical, Ordering::Relaxed);
         }
+    }
+
+    /// As [`Shared::measure`], of an engine that holds everything up to `index`.
+    pub fn measure_at(&self, engine: &dyn Engine, index: Index) {
+        self.measure(engine);
+        self.measured.store(index.0, Ordering::Release);
+    }
+
+    /// The index up to which [`Shared::sizes`] count what was applied: what is on its way to the engine, as
+    /// after a start what its log brings back, is not in them yet.
+    pub fn measured(&self) -> Index {
+        Index(self.measured.load(Ordering::Acquire))
     }
 
     /// What the engine occupied when it was last measured, which costs nothing to ask.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use quorate_proto::etcdserverpb as pb;
 use tonic::Status;
 
-use crate::process::{Client, Daemon, Setup, runtime, wait_for};
+use crate::process::{Client, Daemon, PATIENCE, Setup, runtime};
 
 /// The engine copies so slowly that a defragmentation lasts for [`LASTS`].
 const SLOW: &str = "--engine-options=reclaim-mib-per-second=1";
@@ -22,13 +22,17 @@ async fn filled(daemon: &Daemon) -> Client {
 }
 
 /// Begins one; waits until it is under way.
-fn begin(daemon: &Daemon, client: &Client) -> tokio::task::JoinHandle<Result<(), Status>> {
+async fn begin(daemon: &Daemon, client: &Client) -> tokio::task::JoinHandle<Result<(), Status>> {
     let mut maintenance = client.maintenance.clone();
     let call =
         tokio::spawn(
             async move { maintenance.defragment(pb::DefragmentRequest {}).await.map(|_| ()) },
         );
-    wait_for("a defragmentation", || under_way(daemon).then_some(()).ok_or_else(String::new));
+    let deadline = Instant::now() + PATIENCE;
+    while !under_way(daemon) {
+        assert!(Instant::now() < deadline && !call.is_finished(), "no defragmentation");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     call
 }
 
@@ -50,7 +54,7 @@ fn all_calls_are_answered_meanwhile() {
         let client = filled(&daemon).await;
         let (_sender, mut watched) = client.watch_all(0).await.unwrap();
         let started = Instant::now();
-        let first = begin(&daemon, &client);
+        let first = begin(&daemon, &client).await;
         let others: Vec<_> = (0..2)
             .map(|_| {
                 let mut maintenance = client.maintenance.clone();
@@ -106,7 +110,7 @@ fn a_member_that_stops_does_not_wait_for_it() {
     let mut daemon = setup.start();
     runtime().block_on(async {
         let client = filled(&daemon).await;
-        let call = begin(&daemon, &client);
+        let call = begin(&daemon, &client).await;
         daemon.signal(nix::sys::signal::Signal::SIGTERM);
         let error = call.await.unwrap().unwrap_err();
         assert!(!error.message().is_empty(), "{error:?}");

@@ -156,7 +156,7 @@ fn at_the_physical_bound_only_defragmenting_helps() {
         client.put("small", "again").await.unwrap();
         let page = crate::page::parse(&daemon.http("/metrics").body);
         assert_eq!(page["quorate_quota_physical_bytes"].samples[""], QUOTA as f64);
-        assert_eq!(page["etcd_server_quota_backend_bytes"].samples[""], f64::from(1 << 31));
+        assert_eq!(page["etcd_server_quota_backend_bytes"].samples[""], 2_147_483_648.0);
     });
     daemon.stop();
 }

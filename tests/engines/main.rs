@@ -6,6 +6,8 @@ mod convert;
 mod docs;
 mod etcd;
 mod list;
+#[path = "../ports/mod.rs"]
+mod ports;
 // Shared with the tests of the daemon, which use all of it.
 #[allow(dead_code)]
 #[path = "../daemon/process.rs"]

@@ -177,9 +177,14 @@ fn kill_repeatedly<E: Engine>(seed: u64, module: &str, open: &impl Fn(&Path) -> 
         // reclaim in two rounds of three, so that kills land in each of its steps
         let reclaims = if round % 3 == 0 { 0 } else { u64::MAX };
         let mut command = writer_command(module, dir.path(), None, reclaims);
-        let mut child =
-            command.stdout(Stdio::piped()).spawn().expect("the test binary starts again");
-        let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
+        let (mut child, mut lines) = spawning(|| {
+            let mut child = command.spawn().expect("the test binary starts again");
+            let stdout = child.stdout.take().expect("a pipe");
+            let mut lines = BufReader::new(stdout).lines();
+            // the test harness speaks first
+            let _greeting = lines.next();
+            (child, lines)
+        });
         let mut acknowledged = 0;
         let mut note = |line: &str| {
             if let Some(n) = line.strip_prefix(KEPT) {

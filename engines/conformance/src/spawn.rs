@@ -13,7 +13,8 @@ thread_local! {
     static OPENING: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Starts a process, while no engine is opened.
+/// Starts a process, while no engine is opened. `spawn` returns when the process runs its own program for
+/// sure; that a call to start it has returned is not enough.
 pub(crate) fn spawning<T>(spawn: impl FnOnce() -> T) -> T {
     // nothing is guarded but the time
     let _alone = SPAWNING.write().unwrap_or_else(PoisonError::into_inner);

@@ -75,7 +75,7 @@ const VALUE_BYTES_MAX: u64 = u32::MAX as u64;
 /// What the engine promises, and how it can be set.
 pub const ABOUT: About = About {
     name: "fjall",
-    summary: "log-structured merge trees (fjall); for many writes and data that compress",
+    summary: "log-structured merge trees (fjall); for many small writes and data that compress",
     buffered_survives: Survives::Kill,
     durable_survives: Survives::PowerLoss,
     reclaim: Reclaim::Online,
@@ -101,8 +101,9 @@ pub const ABOUT: About = About {
         OptionSpec {
             name: COMPRESSION,
             kind: OptionKind::Choice(&["none", "lz4"]),
-            default: "lz4",
-            help: "of tables; chosen when the directory is made, another choice is refused later",
+            default: "none",
+            help: "of tables: less space for more work; chosen when the directory is made, another choice is \
+                   refused later",
         },
     ],
 };
@@ -113,13 +114,18 @@ pub struct Fjall {
     /// Held by a commit from its start to its end: one committer at a time.
     writer: Mutex<Writer>,
     /// The state between the last batch and the next.
-    current: RwLock<Snapshot>,
+    current: RwLock<Current>,
     /// One reclaim at a time.
     reclaiming: Mutex<()>,
     memtable_bytes: u64,
     threads: Vec<JoinHandle<()>>,
     // last: another process may open the directory only when the files are closed
     _lock: File,
+}
+
+struct Current {
+    snapshot: Snapshot,
+    own: OwnRow,
 }
 
 struct Writer {
@@ -199,7 +205,7 @@ impl Fjall {
         let mut engine = Fjall {
             shared,
             writer: Mutex::new(writer),
-            current: RwLock::new(snapshot),
+            current: RwLock::new(Current { snapshot, own: store.own }),
             reclaiming: Mutex::new(()),
             memtable_bytes: options.number(MEMTABLE_BYTES),
             threads: Vec::new(),
@@ -210,7 +216,10 @@ impl Fjall {
             ("fjall-compact", Shared::compact_when_flushed),
         ] {
             let shared = Arc::clone(&engine.shared);
-            let thread = thread::Builder::new().name(name.to_owned()).spawn(move || run(&shared));
+            let thread = thread::Builder::new().name(name.to_owned()).spawn(move || {
+                let _guard = PoisonOnPanic(&shared);
+                run(&shared);
+            });
             // what runs already is stopped by the drop
             engine.threads.push(thread.map_err(|error| failed("start a thread for", dir, error))?);
         }
@@ -280,7 +289,7 @@ impl Fjall {
                 *kept = Some(Bytes::copy_from_slice(new));
             }
         }
-        self.refresh();
+        self.refresh(own);
         if durability == Durability::Durable {
             shared.mark.lock().durable(own.number)?;
         }
@@ -291,9 +300,9 @@ impl Fjall {
     }
 
     /// Lets views see what is committed by now. Only between two batches, see the crate's documentation.
-    fn refresh(&self) {
-        let snapshot = self.shared.db.snapshot();
-        let outdated = std::mem::replace(&mut *self.current.write(), snapshot);
+    fn refresh(&self, own: OwnRow) {
+        let current = Current { snapshot: self.shared.db.snapshot(), own };
+        let outdated = std::mem::replace(&mut *self.current.write(), current);
         // after the lock: closing one takes fjall's own locks
         drop(outdated);
     }
@@ -321,7 +330,8 @@ impl Engine for Fjall {
 
     fn view(&self) -> Result<Box<dyn View + '_>, EngineError> {
         self.shared.check_poisoned()?;
-        Ok(Box::new(FjallView { shared: &self.shared, snapshot: self.current.read().clone() }))
+        let snapshot = self.current.read().snapshot.clone();
+        Ok(Box::new(FjallView { shared: &self.shared, snapshot }))
     }
 
     fn commit(&self, batch: &Batch, durability: Durability) -> Result<(), EngineError> {
@@ -347,7 +357,7 @@ impl Engine for Fjall {
     /// less when tables are compressed.
     fn size_in_use(&self) -> Result<u64, EngineError> {
         self.shared.check_poisoned()?;
-        let own = self.writer.lock().own;
+        let own = self.current.read().own;
         let live = own.bytes.saturating_add(own.rows.saturating_mul(24));
         Ok(live.min(self.size()?))
     }
@@ -372,6 +382,18 @@ impl Drop for Fjall {
             let mut mark = self.shared.mark.lock();
             // without it the check on opening is weaker, no more
             let _ = mark.durable(writer.own.number).and_then(|()| mark.sync());
+        }
+    }
+}
+
+/// Lets commits fail rather than wait for a thread that is no more.
+struct PoisonOnPanic<'a>(&'a Shared);
+
+impl Drop for PoisonOnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            let source = io::Error::other("a thread of the engine has panicked");
+            self.0.poison(failed("write tables in", &self.0.dir, source));
         }
     }
 }

@@ -317,8 +317,8 @@ fn database(path: &Path, cache_bytes: u64) -> Result<Database, EngineError> {
 
 fn settings(compression: &str) -> KeyspaceCreateOptions {
     let compression = match compression {
-        // what is still going to be merged is not worth it
-        "lz4" => CompressionPolicy::new([CompressionType::None, CompressionType::Lz4]),
+        // also the first level: tables of appended keys move to the last as they are
+        "lz4" => CompressionPolicy::all(CompressionType::Lz4),
         _ => CompressionPolicy::disabled(),
     };
     KeyspaceCreateOptions::default()
@@ -432,13 +432,26 @@ fn create(dir: &Path, compression: &str, cache_bytes: u64) -> Result<(), EngineE
         .map_err(|error| convert("write to", &new, error))?;
     drop(own);
     drop(db);
-    sync_dir(&new)?;
+    sync_dirs(&new)?;
     fs::rename(&new, dir.join(FJALL)).map_err(|error| failed("rename", &new, error))?;
     sync_dir(dir)?;
     if let Some(parent) = dir.parent().filter(|parent| !parent.as_os_str().is_empty()) {
         sync_dir(parent)?;
     }
     Ok(())
+}
+
+/// Makes the names of all that lies below `dir` durable: fjall does so for files, but not for the directories
+/// of its trees.
+fn sync_dirs(dir: &Path) -> Result<(), EngineError> {
+    let refused = |error| failed("list directory", dir, error);
+    for entry in fs::read_dir(dir).map_err(refused)? {
+        let entry = entry.map_err(refused)?;
+        if entry.file_type().map_err(refused)?.is_dir() {
+            sync_dirs(&entry.path())?;
+        }
+    }
+    sync_dir(dir)
 }
 
 /// Refuses what fjall would take for its own and stumble over.

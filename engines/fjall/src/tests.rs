@@ -404,6 +404,66 @@ fn the_beginning_of_a_journal_is_given_back() {
     assert_eq!(engine.shared.mark.lock().state().fill, None);
 }
 
+/// Opening reads all journals, so they must not pile up, also when some tables are hardly written to.
+#[test]
+fn journals_go_once_the_tables_hold_all_of_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open_small(dir.path());
+    engine.commit(&numbered(1), Durability::Buffered).unwrap();
+    let value = Bytes::from(Rng::new(6).bytes(1 << 20));
+    for n in 0..150_u64 {
+        let mut batch = Batch::default();
+        batch.put(Table::Lease, (n % 5).to_be_bytes().to_vec(), value.clone());
+        engine.commit(&batch, Durability::Buffered).unwrap();
+    }
+    let deadline = Instant::now() + Duration::from_secs(60);
+    loop {
+        let journals = journal::list(&dir.path().join(FJALL)).unwrap();
+        if journals.len() == 1 && journals[0].0 > 0 {
+            break;
+        }
+        assert!(Instant::now() < deadline, "still there: {journals:?}");
+        // what brings it about comes with writes
+        engine.commit(&numbered(1), Durability::Buffered).unwrap();
+        thread::yield_now();
+    }
+    // nothing of it is lost
+    let copy = tempfile::tempdir().unwrap();
+    drop(engine);
+    copy_dir(dir.path(), copy.path());
+    let engine = open(copy.path());
+    assert_eq!(check_numbered(&engine, "reopened"), 1);
+    let view = engine.view().unwrap();
+    let mut rows = 0;
+    view.scan(Table::Lease, Bound::Unbounded, Bound::Unbounded, &mut |_, found| {
+        assert!(found == value);
+        rows += 1;
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    assert_eq!(rows, 5);
+}
+
+#[test]
+fn compressed_tables_take_less() {
+    let filled = |compression| {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = Fjall::open(dir.path(), &options(&[(COMPRESSION, compression)])).unwrap();
+        let mut batch = Batch::default();
+        for n in 0..10_000_u64 {
+            batch.put(Table::Key, n.to_be_bytes().to_vec(), format!("{n:0400}"));
+        }
+        engine.commit(&batch, Durability::Buffered).unwrap();
+        let size = engine.reclaim().unwrap().after;
+        assert!(engine.size_in_use().unwrap() <= engine.size().unwrap());
+        let found = engine.view().unwrap().get(Table::Key, &77_u64.to_be_bytes()).unwrap();
+        assert_eq!(found.unwrap(), format!("{:0400}", 77));
+        size
+    };
+    let (none, lz4) = (filled("none"), filled("lz4"));
+    assert!(lz4 < none / 4, "{lz4} bytes against {none}");
+}
+
 #[test]
 fn space_really_returns() {
     let dir = tempfile::tempdir().unwrap();
@@ -479,6 +539,21 @@ fn a_failed_flush_poisons_with_its_reason() {
     drop(engine);
     fs::rename(&away, &tables).unwrap();
     assert_eq!(check_numbered(&open(dir.path()), "reopened"), n);
+}
+
+#[test]
+fn a_panic_in_a_thread_poisons() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(dir.path());
+    let shared = Arc::clone(&engine.shared);
+    let thread = thread::spawn(move || {
+        let _guard = PoisonOnPanic(&shared);
+        panic!("asked for");
+    });
+    assert!(thread.join().is_err());
+    let error = engine.commit(&numbered(1), Durability::Buffered).unwrap_err();
+    assert!(matches!(error, EngineError::Poisoned(_)), "{error}");
+    assert!(error.to_string().contains("panicked"), "{error}");
 }
 
 #[test]
@@ -575,15 +650,15 @@ fn unfinished_and_foreign_directories() {
 #[test]
 fn another_compression_is_refused() {
     let dir = tempfile::tempdir().unwrap();
-    let none = options(&[(COMPRESSION, "none")]);
-    Fjall::open(dir.path(), &none).unwrap().commit(&numbered(1), Durability::Buffered).unwrap();
+    let lz4 = options(&[(COMPRESSION, "lz4")]);
+    Fjall::open(dir.path(), &lz4).unwrap().commit(&numbered(1), Durability::Buffered).unwrap();
     let error = error_of(dir.path());
     assert!(matches!(error, EngineError::Unusable(_)), "{error}");
     assert!(
-        error.to_string().contains("made with compression none, and lz4 is asked for"),
+        error.to_string().contains("made with compression lz4, and none is asked for"),
         "{error}"
     );
-    assert_eq!(check_numbered(&Fjall::open(dir.path(), &none).unwrap(), "reopened"), 1);
+    assert_eq!(check_numbered(&Fjall::open(dir.path(), &lz4).unwrap(), "reopened"), 1);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! LMDB: a copy-on-write B-tree in one file that is read through a memory map, so a row is found in the page
 //! cache itself. Beside engine-redb on one busy machine (1 M rows of 256 bytes, the crates' examples) it
-//! loaded and deleted about 2 to 2.5 times as fast, read 2 to 3 times, scanned 4 to 5 times, and reclaimed
+//! loaded and deleted about 2 to 2.5 times as fast, read 2 to 3 times, scanned about 5 times, and reclaimed
 //! 3 to 4 times.
 //!
 //! In `dir`:

@@ -64,6 +64,8 @@ pub fn trace(mut command: Command, dir: &Path) -> io::Result<Traced> {
             io::Error::new(error.kind(), format!("start a traced process: {error} ({hint})"))
         })?;
         let pid = child.id() as pid_t;
+        // it stands at the start of its program, with all files closed that it should not have
+        tracer.expect_start(pid)?;
         // a receiver that is gone has panicked, and says so itself
         let _ = started.send((pid, child.stdin.take(), child.stdout.take(), child.stderr.take()));
         let result = tracer.run(pid);
@@ -399,9 +401,22 @@ impl Tracer {
         }
     }
 
-    /// Traces `first`, which has just been started, and all that it starts; answers how it ended.
+    /// Waits for the stop in which the process begins.
+    fn expect_start(&mut self, first: pid_t) -> io::Result<()> {
+        match sys::wait()? {
+            Some((pid, status)) if pid == first && libc::WIFSTOPPED(status) => {
+                self.threads.insert(pid);
+                sys::follow(pid)?;
+                Ok(())
+            }
+            other => Err(io::Error::other(format!("a traced process did not start: {other:?}"))),
+        }
+    }
+
+    /// Lets `first` go, which stands at its start, and traces it and all that it starts; answers how it ended.
     fn run(&mut self, first: pid_t) -> io::Result<ExitStatus> {
         let mut ended = None;
+        sys::resume(first, false, 0)?;
         while let Some((pid, status)) = sys::wait()? {
             if libc::WIFEXITED(status) || libc::WIFSIGNALED(status) {
                 if pid == first {
@@ -416,11 +431,6 @@ impl Tracer {
                 continue;
             }
             let new = self.threads.insert(pid);
-            if new && pid == first {
-                sys::follow(pid)?;
-                sys::resume(pid, false, 0)?;
-                continue;
-            }
             let signal = libc::WSTOPSIG(status);
             match status >> 16 {
                 libc::PTRACE_EVENT_SECCOMP => self.begin(pid)?,

@@ -52,18 +52,24 @@ pub struct Bar<'a> {
     pub colour: usize,
     /// `None`: there is no figure.
     pub value: Option<f64>,
+    /// It does not set the scale; its bar is broken where it is longer than that.
+    pub reference: bool,
     pub label: String,
 }
 
 /// A bar for each subject, from zero.
 pub fn bars(title: &str, bars: &[Bar<'_>]) -> String {
     const ROW: f64 = 31.0;
-    let most = bars.iter().filter_map(|bar| bar.value).fold(0.0, f64::max);
+    let longest = |references: bool| {
+        let counted = bars.iter().filter(|bar| references || !bar.reference);
+        counted.filter_map(|bar| bar.value).fold(0.0, f64::max)
+    };
+    let most = if longest(false) > 0.0 { longest(false) } else { longest(true) };
     let mut body = String::new();
     for (at, bar) in bars.iter().enumerate() {
         let y = at as f64 * ROW;
         let length = match bar.value {
-            Some(value) if most > 0.0 => (value / most * WIDTH).max(1.0),
+            Some(value) if most > 0.0 => (value / most * WIDTH).clamp(1.0, WIDTH),
             _ => 0.0,
         };
         add!(
@@ -79,6 +85,9 @@ pub fn bars(title: &str, bars: &[Bar<'_>]) -> String {
             bar.colour % COLOURS,
             y + 17.0
         );
+        if bar.value.is_some_and(|value| value > most) {
+            add!(body, "<path class=\"slit\" d=\"M{} {:.0}l-5 13\"/>", WIDTH - 20.0, y + 15.0);
+        }
     }
     svg(title, bars.len() as f64 * ROW, &body)
 }
@@ -235,7 +244,7 @@ pub fn over_time(title: &str, lines: &[Line<'_>], show: fn(f64) -> String) -> St
 
 fn dash(colour: usize) -> &'static str {
     // Neighbours differ, and so do two subjects of one colour.
-    DASHES[(colour + colour / COLOURS) % DASHES.len()]
+    DASHES[(colour % COLOURS + colour / COLOURS) % DASHES.len()]
 }
 
 /// The next of 1, 2, 4, 8... mebibytes or so: a quarter of it is a plain number.
@@ -260,13 +269,26 @@ mod tests {
 
     #[test]
     fn the_longest_bar_fills_the_width_and_a_missing_figure_has_none() {
-        let bar = |value: Option<f64>| Bar { name: "a", colour: 8, value, label: String::new() };
+        let bar = |value: Option<f64>| Bar {
+            name: "a",
+            colour: 8,
+            value,
+            reference: false,
+            label: String::new(),
+        };
         let drawn = bars("t", &[bar(Some(10.0)), bar(Some(5.0)), bar(None)]);
         for width in ["\"360.0\"", "\"180.0\"", "\"0.0\""] {
             assert!(drawn.contains(&format!("width={width}")), "{drawn}");
         }
         assert!(drawn.contains("class=\"f1\"") && drawn.contains("viewBox=\"0 0 360 93\""));
         assert!(!bars("t", &[bar(Some(0.0))]).contains("NaN"));
+        assert!(!drawn.contains("slit"));
+        let broken = Bar { reference: true, ..bar(Some(99.0)) };
+        let drawn = bars("t", &[broken, bar(Some(5.0))]);
+        assert_eq!(
+            (drawn.matches("width=\"360.0\"").count(), drawn.matches("slit").count()),
+            (2, 1)
+        );
     }
 
     #[test]

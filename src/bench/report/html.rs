@@ -27,7 +27,7 @@ pub fn page(reports: &[Report]) -> String {
         add!(page, "<article>\n");
         head(&mut page, report);
         for set in &report.sets {
-            overview(&mut page, report, set);
+            overview(&mut page, set);
         }
         for set in &report.sets {
             figures(&mut page, set);
@@ -82,20 +82,12 @@ fn cell(page: &mut String, label: &str, class: &str, text: &str) {
 }
 
 /// Every workload of a set in proportion to its best.
-fn overview(page: &mut String, report: &Report, set: &Set) {
+fn overview(page: &mut String, set: &Set) {
     add!(page, "<h2>In short: {}</h2>\n", escaped(&table::size(set)));
     let mut columns = vec!["Workload"];
     columns.extend(set.runs.iter().map(|run| &run.subject[..]));
-    let caption = match report.command {
-        Command::Engines => {
-            "Each engine in proportion to the best of the line (marked). Rates: more is better; \
-             bytes and times: less is better."
-        }
-        Command::Server => {
-            "Each server in proportion to the best of the line (marked). Rates: more is better; \
-             bytes and times: less is better."
-        }
-    };
+    let caption = "Each in proportion to the best of the line (marked). Rates: more is better; bytes and \
+                   times: less is better.";
     table_head(page, caption, &columns);
     for measure in set.workloads() {
         add!(page, "<tr><th scope=\"row\">{}</th>", escaped(&what(measure)));
@@ -178,6 +170,7 @@ fn figure(page: &mut String, set: &Set, of: &Measure) {
             name,
             colour,
             value: measure.map(|measure| measure.figure.value()),
+            reference: set.runs[colour].reference,
             label: measure.map_or("–".to_owned(), |measure| table::value(&measure.figure)),
         })
         .collect();
@@ -195,7 +188,7 @@ fn figure(page: &mut String, set: &Set, of: &Measure) {
     if !latencies.is_empty() {
         let title = format!("Latency of a call: {}", of.title);
         page.push_str(
-            "<p class=\"soft\"><small>Latency of a call: ● p50, ■ p99, ◆ p99.9, | maximum</small></p>\n",
+            "<p class=\"soft key\">Latency of a call: ● p50, ■ p99, ◆ p99.9, | max</p>\n",
         );
         page.push_str(&chart::latencies(&title, &latencies));
     }
@@ -249,7 +242,12 @@ fn figure_table(
             continue;
         };
         let ratio = ratio(measure.figure.value(), best);
-        cell(page, columns[1], "", &table::value(&measure.figure));
+        // The unit of a rate is in the title.
+        let value = match &measure.figure {
+            Figure::Rate { unit, per_second, .. } if unit != "bytes" => table::short(*per_second),
+            figure => table::value(figure),
+        };
+        cell(page, columns[1], "", &value);
         let class = if ratio == Some(1.0) { "best" } else { "" };
         cell(page, "Ratio", class, &ratio.map_or("–".to_owned(), table::proportion));
         if let Figure::Rate { latency_us, cpu_us, write_amplification, errors: failed, .. } =

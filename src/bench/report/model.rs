@@ -78,6 +78,9 @@ pub struct Set {
 #[serde(deny_unknown_fields)]
 pub struct Run {
     pub subject: String,
+    /// It keeps nothing beyond its end and only shows what is possible: the others are not compared with it.
+    #[serde(default)]
+    pub reference: bool,
     pub outcome: Outcome,
     /// What was measured up to a failure counts as measured.
     pub measures: Vec<Measure>,
@@ -277,13 +280,19 @@ impl Set {
         })
     }
 
-    /// The best value of a workload, by which the others are divided.
+    /// The best value of a workload, by which all are divided: of those that are no reference, if there are
+    /// others.
     pub fn best(&self, workload: &str) -> Option<f64> {
-        let figures =
-            || self.of(workload).filter_map(|(_, measure)| measure).map(|measure| &measure.figure);
-        let more = figures().next()?.more_is_better();
-        let values = figures().map(Figure::value).filter(|value| *value > 0.0);
-        if more { values.reduce(f64::max) } else { values.reduce(f64::min) }
+        let best = |references: bool| {
+            let runs = self.runs.iter().filter(|run| references || !run.reference);
+            let measures = runs.flat_map(|run| &run.measures);
+            let figures = measures.filter(|m| m.workload == workload).map(|m| &m.figure);
+            figures.filter(|figure| figure.value() > 0.0).reduce(|best, figure| {
+                let more = figure.value() > best.value();
+                if more == figure.more_is_better() { figure } else { best }
+            })
+        };
+        best(false).or_else(|| best(true)).map(Figure::value)
     }
 }
 
@@ -342,6 +351,7 @@ pub(crate) mod tests {
     pub(crate) fn report() -> Report {
         let run = |subject: &str, measures, outcome| Run {
             subject: subject.into(),
+            reference: false,
             outcome,
             measures,
             samples: (0..4)
@@ -414,6 +424,11 @@ pub(crate) mod tests {
         assert_eq!(ratio(25.0, set.best("load")), Some(0.25));
         let workloads: Vec<&str> = set.workloads().iter().map(|m| &m.workload[..]).collect();
         assert_eq!(workloads, ["load", "space", "open"]);
+        let mut compared = report.sets[0].clone();
+        compared.runs[0].reference = true;
+        assert_eq!((compared.best("load"), compared.best("space")), (Some(25.0), Some(100.0)));
+        // There is no other.
+        assert_eq!(compared.best("open"), Some(0.5));
         let missing: Vec<_> = set.of("open").map(|(name, m)| (name, m.is_some())).collect();
         assert_eq!(missing, [("alpha", true), ("beta", false)]);
     }
