@@ -5,7 +5,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 
-use engine_conformance::{Mirror, Model, Rng};
+use engine_conformance::{Mirror, Model, Rng, undisturbed};
 
 use super::*;
 use crate::disk::Disk;
@@ -21,8 +21,12 @@ mod with_a_freelist {
         buffered_survives_drop: true);
 }
 
+fn try_open(dir: &Path, options: &Options) -> Result<Bbolt, EngineError> {
+    undisturbed(|dir: &Path| Bbolt::open(dir, options))(dir)
+}
+
 fn open(dir: &Path) -> Bbolt {
-    Bbolt::open(dir, &Options::defaults(&ABOUT)).unwrap()
+    try_open(dir, &Options::defaults(&ABOUT)).unwrap()
 }
 
 /// The least cache, so that pages are written before their time and read again.
@@ -35,11 +39,11 @@ fn small(sync_freelist: bool) -> Options {
 }
 
 fn open_small(dir: &Path, sync_freelist: bool) -> Bbolt {
-    Bbolt::open(dir, &small(sync_freelist)).unwrap()
+    try_open(dir, &small(sync_freelist)).unwrap()
 }
 
 fn error_of(dir: &Path) -> EngineError {
-    Bbolt::open(dir, &Options::defaults(&ABOUT)).err().expect("opening fails")
+    try_open(dir, &Options::defaults(&ABOUT)).err().expect("opening fails")
 }
 
 fn seed() -> u64 {
@@ -188,7 +192,9 @@ impl Disk for RecordedDisk {
 
 fn recorded(dir: &Path, options: &Options) -> (Bbolt, Arc<Recorder>) {
     let recorder = Recorder::new();
-    let engine = Bbolt::open_with(dir, options, Arc::new(Recorded(Arc::clone(&recorder)))).unwrap();
+    let files: Arc<dyn Files> = Arc::new(Recorded(Arc::clone(&recorder)));
+    let engine = undisturbed(|dir: &Path| Bbolt::open_with(dir, options, Arc::clone(&files)))(dir);
+    let engine = engine.unwrap();
     (engine, recorder)
 }
 
@@ -300,7 +306,7 @@ fn power_loss_keeps_what_was_durable(sync_freelist: bool) {
         for round in 0..2 {
             losses += power_loss(&record, end, &mut rng, crashed.path());
             let context = format!("seed {seed}, crash {round} at {end} of {}", record.len());
-            let survivor = Bbolt::open(crashed.path(), &small(sync_freelist))
+            let survivor = try_open(crashed.path(), &small(sync_freelist))
                 .unwrap_or_else(|error| panic!("{context}: {error}"));
             let n = check_numbered(&survivor, &context);
             let (_, acknowledged) = durable[durable.partition_point(|(at, _)| *at <= end) - 1];
@@ -567,7 +573,7 @@ fn damage_is_reported_or_harmless() {
             }
         }
         fs::write(&data, &image).unwrap();
-        let used = Bbolt::open(dir.path(), &small(rng.one_in(2))).and_then(|engine| {
+        let used = try_open(dir.path(), &small(rng.one_in(2))).and_then(|engine| {
             engine.check()?;
             {
                 let view = engine.view()?;
@@ -971,6 +977,6 @@ fn the_check_finds_what_a_wrong_freelist_hides() {
     fs::write(&data, &image).unwrap();
     let file = File::options().write(true).open(&data).unwrap();
     file.write_all_at(&1_u64.to_le_bytes(), (at + 16) as u64).unwrap();
-    let error = Bbolt::open(dir.path(), &small(true)).err().unwrap();
+    let error = try_open(dir.path(), &small(true)).err().unwrap();
     assert!(error.to_string().contains("number 0 of its free pages is 1"), "{error}");
 }
