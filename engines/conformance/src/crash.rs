@@ -7,7 +7,7 @@
 use std::io::{BufRead, BufReader, Write, stdout};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -163,6 +163,17 @@ pub(crate) fn writer_command(
     command
 }
 
+/// A writer that does not outlive its test, whatever becomes of that.
+struct Writer(Child);
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        // as a rule it is gone, and then both refuse
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Starts, kills and checks; `module` is where the test `crash_writer` is.
 pub fn kill_keeps_what_was_acknowledged<E: Engine>(module: &str, open: impl Fn(&Path) -> E) {
     each_seed([1], |seed| kill_repeatedly(seed, module, &open));
@@ -177,9 +188,10 @@ fn kill_repeatedly<E: Engine>(seed: u64, module: &str, open: &impl Fn(&Path) -> 
         // reclaim in two rounds of three, so that kills land in each of its steps
         let reclaims = if round % 3 == 0 { 0 } else { u64::MAX };
         let mut command = writer_command(module, dir.path(), None, reclaims);
+        command.stdout(Stdio::piped());
         let (mut child, mut lines) = spawning(|| {
-            let mut child = command.spawn().expect("the test binary starts again");
-            let stdout = child.stdout.take().expect("a pipe");
+            let mut child = Writer(command.spawn().expect("the test binary starts again"));
+            let stdout = child.0.stdout.take().expect("a pipe");
             let mut lines = BufReader::new(stdout).lines();
             // the test harness speaks first
             let _greeting = lines.next();
@@ -199,18 +211,18 @@ fn kill_repeatedly<E: Engine>(seed: u64, module: &str, open: &impl Fn(&Path) -> 
         let moment = Duration::from_micros(rng.below(8_000));
         while wanted > 0 {
             let Some(Ok(line)) = lines.next() else {
-                let status = child.wait();
+                let status = child.0.wait();
                 panic!("seed {seed}, round {round}: the writer ended by itself: {status:?}");
             };
             wanted -= u64::from(note(&line));
         }
         thread::sleep(moment);
-        child.kill().expect("the writer is still there");
+        child.0.kill().expect("the writer is still there");
         // what it printed before it died counts as well
         for line in lines.map_while(Result::ok) {
             note(&line);
         }
-        let status = child.wait().expect("the writer has ended");
+        let status = child.0.wait().expect("the writer has ended");
         assert!(!status.success(), "seed {seed}, round {round}: the writer was not killed");
 
         let context = format!("seed {seed}, round {round}");
