@@ -58,6 +58,9 @@ struct ConvertArgs {
     /// Where its log is, if the member was started with --wal-dir
     #[arg(long, value_name = "DIR")]
     from_wal_dir: Option<PathBuf>,
+    /// Settings without which the engine of the source refuses its files
+    #[arg(long, value_name = "NAME=VALUE,...", default_value = "")]
+    from_engine_options: String,
     /// Data directory to make; absent, empty, or left by an interrupted conversion
     #[arg(long, value_name = "DIR")]
     to_dir: PathBuf,
@@ -113,7 +116,16 @@ fn plan(args: ConvertArgs) -> Result<Plan, ConvertError> {
         .map_err(|what| refused(format!("--engine-options: {what}")))?;
     let options = Options::new(engine.about, &given)
         .map_err(|error| refused(format!("--engine-options: {error}")))?;
-    Ok(Plan { from: args.from_dir, from_wal: args.from_wal_dir, to: args.to_dir, engine, options })
+    let from_options = parse_options(&args.from_engine_options)
+        .map_err(|what| refused(format!("--from-engine-options: {what}")))?;
+    Ok(Plan {
+        from: args.from_dir,
+        from_wal: args.from_wal_dir,
+        from_options,
+        to: args.to_dir,
+        engine,
+        options,
+    })
 }
 
 fn tell(converted: &Converted, form: Form) -> io::Result<()> {

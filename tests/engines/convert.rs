@@ -198,6 +198,9 @@ fn what_cannot_be_converted_is_refused_with_the_reason() {
         let said = ["--engine-options", "unknown option \"no-such\"", engine.name()];
         refused(command.arg("--engine-options=no-such=1"), &from, &to, &said);
     }
+    let mut command = convert(&from, &to, DEFAULT.name());
+    let said = ["--from-engine-options", "unknown option \"no-such\"", DEFAULT.name()];
+    refused(command.arg("--from-engine-options=no-such=1"), &from, &to, &said);
     let said = ["holds member", "is not empty"];
     let other = with_engine(DEFAULT);
     fill(&other);

@@ -17,6 +17,7 @@ mod source;
 mod target;
 mod verify;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::fs;
 use std::io;
@@ -64,6 +65,8 @@ pub struct Plan {
     pub from: PathBuf,
     /// Its log, if that is not `member/wal`.
     pub from_wal: Option<PathBuf>,
+    /// Settings that its engine is opened with, beside the defaults.
+    pub from_options: BTreeMap<String, String>,
     /// The data directory to make.
     pub to: PathBuf,
     pub engine: &'static BuiltIn,
@@ -212,6 +215,8 @@ fn run_plan(plan: &Plan, run: &Run<'_>) -> Result<Converted, ConvertError> {
         )));
     }
     let source = Source::take(&plan.from, plan.from_wal.as_deref())?;
+    let from_options = Options::new(source.engine.about, &plan.from_options)
+        .map_err(|error| ConvertError::Refused(format!("--from-engine-options: {error}")))?;
     let target = Target::begin(&source.dir, &plan.to, plan.engine.name())?;
     let work = target.work();
     let aside = work.join("source");
@@ -229,8 +234,7 @@ fn run_plan(plan: &Plan, run: &Run<'_>) -> Result<Converted, ConvertError> {
     others.copy(true, run)?;
 
     let home = source.engine.home_in(&aside).expect("it has files");
-    let defaults = Options::defaults(source.engine.about);
-    let old = Opened::open(source.engine, home.dir, &defaults)?;
+    let old = Opened::open(source.engine, home.dir, &from_options)?;
     let old_view = old.view()?;
     let (rows, bytes) = count(&old, &*old_view, run)?;
     check_log(&source, &old, &*old_view)?;
