@@ -145,8 +145,9 @@ impl Reader {
 
     /// Adds the next `len` bytes to the sum; answers them if they are no more than `keep`.
     fn sum(&mut self, len: u64, keep: usize, sum: &mut Xxh3) -> Result<Vec<u8>, Stop> {
-        // a damaged length must not be trusted with memory
-        if len > self.len - self.at {
+        // a damaged length must not be trusted with memory; and of a journal that is being written, this can
+        // be beyond what it held at first
+        if len > self.len.saturating_sub(self.at) {
             return Err(Stop::Damage(format!("a row of {len} bytes does not fit into the file")));
         }
         let mut kept = Vec::new();
@@ -167,7 +168,7 @@ impl Reader {
 
     /// Passes over a batch and answers its number, if it has one; `None` at the end of the file.
     fn batch(&mut self, before: Option<u64>) -> Result<Option<Option<u64>>, Stop> {
-        if self.at == self.len {
+        if self.at >= self.len {
             return Ok(None);
         }
         let damage = |what: &str| Err(Stop::Damage(what.to_owned()));
