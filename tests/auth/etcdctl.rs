@@ -239,17 +239,25 @@ impl Pair {
     /// not so. The key of the lease 7b is one that `reader` and `each` may read.
     fn refusal(&self, who: Who, args: &[&str]) -> Option<&'static str> {
         let (_, need, _) = OTHERWISE.iter().find(|(start, ..)| args.starts_with(start))?;
-        let Who::User(name, _) = who else { return Some("etcdserver: user name is empty") };
-        if !who.logs_in() {
-            return None;
-        }
+        let name = match who {
+            Who::Nobody if self.way == Way::Clear => return Some("etcdserver: user name is empty"),
+            // A certificate without a name is a credential.
+            Who::Nobody => "",
+            // The login fails, alike.
+            Who::User(..) if self.way != Way::Certificate && !who.logs_in() => return None,
+            Who::User(name, _) => name,
+        };
         let may = match need {
             Need::User => true,
-            Need::Root => name == "root",
+            Need::Root | Need::Write => name == "root",
             Need::Read => ["root", "reader", "each"].contains(&name),
-            Need::Write => name == "root",
         };
-        (!may).then_some("etcdserver: permission denied")
+        match need {
+            _ if may => None,
+            Need::Root if name.is_empty() => Some("etcdserver: user name is empty"),
+            Need::Root if !user(name).logs_in() => Some("etcdserver: user name not found"),
+            _ => Some("etcdserver: permission denied"),
+        }
     }
 }
 
@@ -365,7 +373,7 @@ async fn keys(way: Way) {
     for who in way.everyone() {
         for (args, input) in commands {
             // The client retries a lease that it cannot have for as long as it is let.
-            if args[0] == "lock" && *who == Who::Nobody {
+            if args[0] == "lock" && *who == Who::Nobody && way == Way::Clear {
                 continue;
             }
             pair.compare(*who, args, input);

@@ -23,7 +23,8 @@ use crate::core::types::LeaseId;
 /// Who asks.
 #[derive(Clone, PartialEq, Eq, Default, Debug)]
 pub struct Caller {
-    /// Empty for someone without a credential.
+    /// Empty for someone without a credential, and for one whose certificate has no name: that is a
+    /// credential all the same, of a user that is not there.
     pub username: String,
     /// The revision of users and roles that the credential was looked at under; 0 without one.
     pub revision: u64,
@@ -358,7 +359,9 @@ impl AuthStore {
 
     /// The revision is not looked at.
     fn check_root(&self, caller: &Caller) -> Result<(), AuthError> {
-        has_credential(caller)?;
+        if caller.username.is_empty() {
+            return Err(AuthError::UserEmpty);
+        }
         let permitted = self.permitted(caller).ok_or(AuthError::UserNotFound)?;
         granted(permitted.everything)
     }
@@ -410,9 +413,7 @@ impl AuthStore {
 
     /// What is asked of anyone who names a key.
     fn check_user(&self, caller: &Caller) -> Result<&Permitted, AuthError> {
-        if caller.revision == 0 {
-            return Err(AuthError::UserEmpty);
-        }
+        has_credential(caller)?;
         if caller.revision < self.revision {
             return Err(AuthError::OldRevision);
         }
@@ -434,7 +435,7 @@ fn granted(granted: bool) -> Result<(), AuthError> {
 }
 
 fn has_credential(caller: &Caller) -> Result<(), AuthError> {
-    if caller.username.is_empty() { Err(AuthError::UserEmpty) } else { Ok(()) }
+    if caller.revision == 0 { Err(AuthError::UserEmpty) } else { Ok(()) }
 }
 
 #[cfg(test)]

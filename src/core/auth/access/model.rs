@@ -69,7 +69,7 @@ impl Model {
     }
 
     fn someone(caller: &Caller) -> Verdict {
-        if caller.username.is_empty() { Err(AuthError::UserEmpty) } else { Ok(()) }
+        if caller.revision == 0 { Err(AuthError::UserEmpty) } else { Ok(()) }
     }
 
     /// Whether some permission of some role of the user is for this one key.
@@ -89,9 +89,7 @@ impl Model {
     }
 
     fn keys(&self, caller: &Caller, write: bool, key: &[u8], range_end: &[u8]) -> Verdict {
-        if caller.revision == 0 {
-            return Err(AuthError::UserEmpty);
-        }
+        Self::someone(caller)?;
         if caller.revision < self.revision {
             return Err(AuthError::OldRevision);
         }

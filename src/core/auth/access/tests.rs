@@ -80,6 +80,9 @@ fn who_may(need: &Need<'_>) -> String {
             may.push(letter);
         }
     }
+    // Who shows a certificate without a name is as unknown.
+    let nameless = store.check(&caller(&store, ""), need, &leases).is_ok();
+    assert_eq!(nameless, may.contains('u'), "{need:?}: {may}");
     may
 }
 
@@ -451,13 +454,21 @@ fn errors_come_in_the_order_of_etcd() {
         (Asked::Compact, "u", now, Err(PermissionDenied)),
         // Being root is not a matter of the revision.
         (Asked::Compact, ROOT, 1, Ok(())),
-        (Asked::LeaseGrant, "", now, Err(UserEmpty)),
+        (Asked::LeaseGrant, "", 0, Err(UserEmpty)),
         (Asked::LeaseGrant, "u", 1, Ok(())),
         (Asked::LeaseKeepAlive(LeaseId(1)), "", 0, Err(UserEmpty)),
         (Asked::LeaseKeepAlive(LeaseId(1)), "u", 1, Err(OldRevision)),
         (Asked::LeaseKeepAlive(LeaseId(1)), "u", now, Err(PermissionDenied)),
         (Asked::LeaseKeepAlive(LeaseId(1)), ROOT, 1, Ok(())),
         (Asked::LeaseKeepAlive(LeaseId(3)), "u", 1, Ok(())),
+        // A certificate without a name.
+        (Asked::Compact, "", now, Err(UserEmpty)),
+        (Asked::MemberList, "", now, Ok(())),
+        (Asked::LeaseGrant, "", now, Ok(())),
+        (Asked::LeaseRevoke(LeaseId(1)), "", now, Err(PermissionDenied)),
+        (Asked::LeaseRevoke(LeaseId(3)), "", now, Ok(())),
+        (Asked::LeaseKeepAlive(LeaseId(1)), "", now, Err(PermissionDenied)),
+        (Asked::LeaseKeepAlive(LeaseId(3)), "", now, Ok(())),
         (Asked::UserGet(&user_get), "u", 1, Ok(())),
         (Asked::UserGet(&user_get), "", 0, Err(UserEmpty)),
         (Asked::UserGet(&ghost_get), "u", now, Err(PermissionDenied)),
