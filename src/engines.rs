@@ -142,6 +142,7 @@ impl fmt::Debug for BuiltIn {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::core::check;
 
     #[test]
     fn names_are_unique_and_found() {
@@ -156,6 +157,14 @@ mod tests {
         assert_eq!(names.len(), ALL.len());
         assert_eq!(ALL.first(), Some(&DEFAULT));
         assert_eq!(find("none"), None);
+    }
+
+    #[test]
+    fn each_stores_what_the_log_may_hold() {
+        for engine in ALL {
+            let keys = engine.about.key_bytes_max.unwrap_or(u64::MAX);
+            assert!(keys >= check::NAME_BYTES_MAX as u64, "{engine:?}");
+        }
     }
 
     #[test]

@@ -519,6 +519,52 @@ mod tests {
     }
 
     #[test]
+    fn a_crash_at_any_step_leaves_the_file_of_an_engine_that_shares_its_directory() {
+        let mut seen = Vec::new();
+        for halt in 0.. {
+            let dir = tempfile::tempdir().unwrap();
+            let dir = dir.path();
+            let home = Home { dir: dir.join("snap"), file: Some("db") };
+            let installer = |disk: SharedDisk| {
+                let snaps = SnapDir::open(disk.clone(), &home.dir).unwrap();
+                let open: OpenEngine = Arc::new(|dir| {
+                    let options = engine_api::Options::defaults(&engine_bbolt::ABOUT);
+                    Ok(Arc::new(engine_bbolt::Bbolt::open(dir, &options)?))
+                });
+                Installer::new(disk, snaps, Some(home.clone()), open, version())
+            };
+            receive(dir, 9, &content(9, &[member(1, false)], &[]));
+            let old = installer(Arc::new(OsDisk)).open().unwrap();
+            old.commit(&content(3, &[member(1, false)], &[]), Durability::Durable).unwrap();
+            // What an earlier attempt has left half done.
+            std::fs::create_dir(home.installing()).unwrap();
+            std::fs::write(home.installing().join("db.tmp"), "half").unwrap();
+
+            let received = snapshot(9, &[1], &[]);
+            let halting = Arc::new(Halting(AtomicUsize::new(halt)));
+            let installed = installer(halting).install(&received);
+            let done = installed.is_ok();
+            // Who reads the old one goes on.
+            assert_eq!(stored(&*old).applied.0, 3);
+            drop((old, installed));
+            let installer = installer(Arc::new(OsDisk));
+            installer.clean().unwrap();
+            let applied = stored(&*installer.open().unwrap()).applied.0;
+            seen.push(applied);
+            let engine = installer.install(&received).unwrap();
+            assert_eq!(stored(&*engine).applied.0, 9, "halted after {halt}");
+            assert!(!home.installing().exists() && !home.replaced().exists());
+            let names = OsDisk.list(&home.dir).unwrap();
+            assert!(names.iter().any(|name| name.ends_with(".snap.db")), "{names:?}");
+            if done {
+                break;
+            }
+        }
+        assert!(seen.is_sorted() && seen.len() > 3, "{seen:?}");
+        assert!(seen.contains(&3) && seen.contains(&9), "{seen:?}");
+    }
+
+    #[test]
     fn what_an_older_release_left_out_is_taken_from_the_snapshot() {
         let dir = tempfile::tempdir().unwrap();
         let dir = dir.path();

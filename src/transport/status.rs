@@ -62,6 +62,9 @@ statuses! {
     root_role_not_exist = FailedPrecondition "etcdserver: root user does not have root role";
     user_already_exist = FailedPrecondition "etcdserver: user name already exists";
     user_empty = InvalidArgument "etcdserver: user name is empty";
+    /// Ours: etcd has no such limit.
+    user_name_too_long = InvalidArgument "etcdserver: user name exceeds 1024 bytes";
+    role_name_too_long = InvalidArgument "etcdserver: role name exceeds 1024 bytes";
     user_not_found = FailedPrecondition "etcdserver: user name not found";
     role_already_exist = FailedPrecondition "etcdserver: role name already exists";
     role_not_found = FailedPrecondition "etcdserver: role name not found";
@@ -137,6 +140,8 @@ impl From<CheckError> for Status {
             CheckError::TooManyOps => too_many_ops(),
             CheckError::DuplicateKey => duplicate_key(),
             CheckError::EmptyOp => key_not_found(),
+            CheckError::UserNameTooLong => user_name_too_long(),
+            CheckError::RoleNameTooLong => role_name_too_long(),
         }
     }
 }

@@ -9,6 +9,7 @@ use tonic::{Request, Response, Status};
 use crate::core::apply::Reply as Applied;
 use crate::core::auth::AuthError;
 use crate::core::auth::access::Asked;
+use crate::core::check;
 use crate::core::command::Request as Command;
 use crate::metrics::Method;
 use crate::transport::identity::Who;
@@ -58,6 +59,11 @@ with_header!(
 
 impl Auth {
     async fn propose<R: WithHeader>(self, who: Who, request: Command) -> Result<R, Status> {
+        match &request {
+            Command::AuthUserAdd(add) => check::user_add(add)?,
+            Command::AuthRoleAdd(add) => check::role_add(add)?,
+            _ => {}
+        }
         let answer = self.0.propose(&who, request).await?;
         let revision = self.0.shared.published.load().store.revision();
         Ok(R::with_header(self.0.header_at(revision, answer.term.0)))
