@@ -1,16 +1,21 @@
 //! The hot paths of the core, without actors, sockets or disks. `cargo bench` measures them; `cargo test`
 //! runs each once, so that they do not rot.
 
+use bytes::Bytes;
 use divan::{Bencher, black_box, counter::ItemsCount};
 use engine_memory::Memory;
 use prost::Message as _;
 use quorate::core::apply::{Effects, Machine};
 use quorate::core::command::{Command, Request};
+use quorate::core::event::{Event, EventKind, History, HistoryError};
 use quorate::core::membership::{Membership, Version};
 use quorate::core::mvcc::Values;
-use quorate::core::quota::Quota;
-use quorate::core::types::{ClusterId, MemberId};
-use quorate_proto::{etcdserverpb as pb, raftpb};
+use quorate::core::quota::{Quota, Sizes};
+use quorate::core::types::{ClusterId, MemberId, Revision, Uptime};
+use quorate::core::watch::{Hub, HubOptions, StreamId};
+use quorate_proto::etcdserverpb::watch_request::RequestUnion;
+use quorate_proto::mvccpb::KeyValue;
+use quorate_proto::{KeyValueBytes, etcdserverpb as pb, raftpb};
 
 fn main() {
     divan::main();
@@ -44,7 +49,8 @@ fn apply(machine: &mut Machine, engine: &Memory, from: u64, batch: u64, keys: u6
     let mut effects = Effects::default();
     for index in from..from + batch {
         let entry = entry(index, index % keys);
-        let outcome = machine.apply(&values, &entry, |_| true, Quota(None), || 0, &mut effects);
+        let outcome =
+            machine.apply(&values, &entry, |_| true, Quota::OFF, Sizes::default, &mut effects);
         assert!(matches!(outcome, Ok(Some(outcome)) if outcome.result.is_ok()));
     }
     black_box((machine.store.now().clone(), effects));
@@ -96,5 +102,103 @@ fn read_one_of_10_000_keys(bencher: Bencher<'_, '_>, committed: bool) {
         let ranged = now.range(&Values::new(&engine), &request).expect("the key is there");
         assert_eq!(ranged.count, 1);
         ranged.kvs[0].encoded_len()
+    });
+}
+
+/// A range from the store to the bytes of its reply.
+#[divan::bench(args = [1, 1_000], sample_count = 20)]
+fn encode_a_range(bencher: Bencher<'_, '_>, keys: u64) {
+    let engine = Memory::new();
+    let mut machine = machine();
+    apply(&mut machine, &engine, 1, 10_000, 10_000);
+    let now = machine.store.now().clone();
+    let request = pb::RangeRequest {
+        key: 5000u64.to_be_bytes().to_vec().into(),
+        range_end: (5000 + keys).to_be_bytes().to_vec().into(),
+        ..Default::default()
+    };
+    let mut reply = Vec::with_capacity(1 << 20);
+    bencher.counter(ItemsCount::new(keys)).bench_local(|| {
+        let ranged = now.range(&Values::new(&engine), &request).expect("the keys are there");
+        let message =
+            pb::RangeResponse { kvs: ranged.kvs, count: ranged.count, ..Default::default() };
+        assert_eq!(message.count as u64, keys);
+        reply.clear();
+        message.encode(&mut reply).expect("a vector grows");
+        black_box(reply.len())
+    });
+}
+
+/// A history in which nobody looks: the watchers are all at its end.
+struct NoHistory(i64);
+
+impl History for NoHistory {
+    fn revision(&self) -> i64 {
+        self.0
+    }
+
+    fn compact_revision(&self) -> i64 {
+        -1
+    }
+
+    fn changes(
+        &self,
+        _: i64,
+        _: i64,
+        _: &mut dyn FnMut(Event) -> bool,
+    ) -> Result<(), HistoryError> {
+        Ok(())
+    }
+
+    fn value_at(&self, _: &[u8], _: i64) -> Result<Option<KeyValueBytes>, HistoryError> {
+        Ok(None)
+    }
+}
+
+/// One event to so many watchers of its key, spread over ten streams, each reply encoded as for the wire.
+#[divan::bench(args = [1, 1_000], sample_count = 20)]
+fn tell_watchers_of_an_event(bencher: Bencher<'_, '_>, watchers: u64) {
+    const STREAMS: u64 = 10;
+    let mut revision = 1;
+    let mut hub = Hub::new(HubOptions::default(), revision, 1);
+    for stream in 0..STREAMS {
+        hub.open(StreamId(stream), Uptime(0));
+    }
+    for watcher in 0..watchers {
+        let create = pb::WatchCreateRequest { key: "watched".into(), ..Default::default() };
+        let request = pb::WatchRequest { request_union: Some(RequestUnion::CreateRequest(create)) };
+        let history = NoHistory(revision);
+        hub.request(StreamId(watcher % STREAMS), request, Ok(()), &history, Uptime(0));
+    }
+    let created: Vec<StreamId> = hub.drain().map(|(stream, _)| stream).collect();
+    assert_eq!(created.len() as u64, watchers);
+    created.into_iter().for_each(|stream| hub.delivered(stream, 1));
+    let key = Bytes::from_static(b"watched");
+    let mut bytes = Vec::with_capacity(1 << 10);
+    let mut told = Vec::with_capacity(watchers as usize);
+    bencher.counter(ItemsCount::new(watchers)).bench_local(|| {
+        revision += 1;
+        let pair = KeyValue {
+            key: key.clone(),
+            create_revision: 2,
+            mod_revision: revision,
+            version: revision - 1,
+            value: vec![7; 256].into(),
+            lease: 0,
+        };
+        let event = Event {
+            key: key.clone(),
+            revision: Revision::main(revision),
+            kind: EventKind::Put { creation: revision == 2 },
+            kv: KeyValueBytes::from(&pair),
+        };
+        hub.events(revision, &[event], &NoHistory(revision)).expect("no history is read");
+        told.extend(hub.drain().map(|(stream, response)| {
+            bytes.clear();
+            response.encode(&mut bytes).expect("a vector grows");
+            stream
+        }));
+        assert_eq!(told.len() as u64, watchers);
+        told.drain(..).for_each(|stream| hub.delivered(stream, 1));
     });
 }

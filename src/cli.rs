@@ -13,7 +13,7 @@ pub const ETCD_VERSION: &str = "3.7.1";
 
 /// Programs that are not part of this release. Any other word is taken for a misplaced argument of
 /// the member, as etcd takes it.
-const ABSENT: &[&str] = &["ctl", "gateway", "grpc-proxy", "proxy", "utl"];
+const ABSENT: &[&str] = &["ctl", "gateway", "grpc-proxy", "proxy"];
 
 /// What the command line asks to be run.
 #[derive(PartialEq, Eq, Debug)]
@@ -24,6 +24,10 @@ pub enum Program<'a> {
     Bench(&'a [String]),
     /// A cluster on this machine, with these arguments.
     LocalCluster(&'a [String]),
+    /// The list of engines, with these arguments.
+    Engines(&'a [String]),
+    /// The tools for data directories, with these arguments.
+    Utl(&'a [String]),
     /// Something else, by its name.
     Other(&'a str),
 }
@@ -35,6 +39,8 @@ pub fn program(args: &[String]) -> Program<'_> {
         Some("serve") => Program::Serve(&args[1..]),
         Some("bench") => Program::Bench(&args[1..]),
         Some("local-cluster") => Program::LocalCluster(&args[1..]),
+        Some("engines") => Program::Engines(&args[1..]),
+        Some("utl") => Program::Utl(&args[1..]),
         Some(name) if ABSENT.contains(&name) => Program::Other(name),
         _ => Program::Serve(args),
     }
@@ -50,6 +56,8 @@ pub fn run(args: &[String], serve: fn(Config, Logging) -> ExitCode) -> ExitCode 
         Program::Serve(flags) => start(args, flags, serve),
         Program::Bench(args) => crate::bench::run(args.iter().map(Into::into)),
         Program::LocalCluster(args) => crate::local::run(args),
+        Program::Engines(args) => crate::engines::list::run(args),
+        Program::Utl(args) => crate::utl::run(args),
         Program::Other(name) => {
             say(
                 std::io::stderr(),
@@ -193,6 +201,9 @@ mod tests {
         assert_eq!(program(&args(&["gateway", "start"])), Program::Other("gateway"));
         let words = args(&["local-cluster", "--name", "a"]);
         assert_eq!(program(&words), Program::LocalCluster(&flags));
+        let words = args(&["utl", "--name", "a"]);
+        assert_eq!(program(&words), Program::Utl(&flags));
+        assert_eq!(program(&args(&["engines"])), Program::Engines(&[]));
         let words = args(&["--name", "serve"]);
         assert_eq!(program(&words), Program::Serve(&words));
     }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use actix::prelude::*;
 use axum::Router;
-use engine_api::{Engine, Table};
+use engine_api::{Durability, Engine, Reclaim, Table};
 use nix::sys::signal::{SigHandler, Signal};
 use quorate_proto::{membershippb, walpb};
 use tokio::signal::unix::{SignalKind, signal};
@@ -21,7 +21,7 @@ use crate::actors::disk::{OsDisk, SharedDisk};
 use crate::actors::exit::{Exit, Reason, full};
 use crate::actors::integrity::{self, Integrity, Peers};
 use crate::actors::lease::LeaseManager;
-use crate::actors::monitor::{Monitor, server_versions};
+use crate::actors::monitor::{AlarmOptions, Monitor, server_versions};
 use crate::actors::peers;
 use crate::actors::raft::{self, Abandon, AdvanceTicks, RaftActor, RequestError};
 use crate::actors::shared::{Published, Shared};
@@ -29,7 +29,7 @@ use crate::actors::snapshot::{self, Snapshotter};
 use crate::actors::spawn::{Seat, arbiter};
 use crate::actors::wal::{self, Close, WalWriter};
 use crate::actors::watch::WatchHub;
-use crate::bootstrap::{self, Birth, BootstrapError, Plan};
+use crate::bootstrap::{self, Birth, BootstrapError, Plan, adopt};
 use crate::cli::ETCD_VERSION;
 use crate::config::duration::GoDuration;
 use crate::config::{Config, ConfigError, Gate, Origins, Retention, Url};
@@ -39,7 +39,6 @@ use crate::core::cluster_version;
 use crate::core::command::{Command, Request};
 use crate::core::lease::{CHECKPOINT_INTERVAL_MS, LessorOptions, min_ttl};
 use crate::core::membership::{Membership, Version};
-use crate::core::quota::Quota;
 use crate::core::raft::{Config as RaftConfig, Node, Restored};
 use crate::core::types::{ClusterId, Index, MemberId, Term};
 use crate::core::watch::{Hub, HubOptions};
@@ -66,6 +65,7 @@ use crate::transport::peer::snapshot::{FromEngine, Snapshots};
 use crate::transport::socket::{Secured, Security};
 use crate::transport::tls::{self, TlsError};
 use crate::transport::token::{SystemClock, Tokens};
+use crate::utl::convert::CONVERTING;
 
 /// File descriptors that are kept for everything but client connections (operations 1.4).
 const RESERVED_FILES: u64 = 150;
@@ -197,6 +197,8 @@ struct Daemon {
     config: Config,
     member: Arc<Member>,
     peers: Arc<dyn Peers>,
+    /// The last index in the log when this member started.
+    log_end: Index,
     wal: Addr<WalWriter>,
     exits: mpsc::UnboundedReceiver<Reason>,
     listeners: Vec<Listener>,
@@ -230,14 +232,9 @@ fn installer(
     let engine = config.storage.engine;
     let options = engine_api::Options::new(engine.about, &config.storage.engine_options)
         .map_err(|error| StartError::Refused(format!("engine-options: {error}")))?;
-    let dir = engine_dir(config);
+    let home = engine.home(&config.member.data_dir);
     let open: OpenEngine = Arc::new(move |dir| engine.open(dir, &options));
-    Ok(Installer::new(disk.clone(), snapshots.clone(), dir, open, server_version()))
-}
-
-/// Where the configured engine has its files; `None` for one without any.
-fn engine_dir(config: &Config) -> Option<PathBuf> {
-    config.storage.engine.dir(&config.member.data_dir)
+    Ok(Installer::new(disk.clone(), snapshots.clone(), home, open, server_version()))
 }
 
 /// Refuses a log that begins behind a snapshot when the engine's files are gone. Without a snapshot
@@ -247,7 +244,11 @@ fn check_engine_is_there(
     disk: &SharedDisk,
     installer: &Installer,
 ) -> Result<(), StartError> {
-    let Some(dir) = engine_dir(config).filter(|dir| !dir.exists()) else { return Ok(()) };
+    let data_dir = &config.member.data_dir;
+    let Some(home) = config.storage.engine.home(data_dir) else { return Ok(()) };
+    if home.exists().map_err(|source| StartError::Dir { path: home.path(), source })? {
+        return Ok(());
+    }
     let wal_dir = config.member.wal_dir();
     let newest = wal_log::read(&**disk, &wal_dir, newest)?;
     let index = newest.start.index();
@@ -255,7 +256,7 @@ fn check_engine_is_there(
         return Err(StartError::Refused(format!(
             "database file ({}) of the backend is missing, but the write-ahead log in {} goes on \
              from a snapshot at index {index}",
-            dir.display(),
+            home.path().display(),
             wal_dir.display()
         )));
     }
@@ -276,27 +277,46 @@ fn check_directory(config: &Config) -> Result<(), StartError> {
             data_dir.display()
         )));
     }
-    let engines: Vec<&str> = engines::ALL
-        .iter()
-        .filter(|engine| engine.dir(data_dir).is_some_and(|dir| dir.exists()))
-        .map(|engine| engine.name())
-        .collect();
-    if member.join("snap").join("db").exists() && engines.is_empty() {
+    if data_dir.join(CONVERTING).exists() {
         return Err(StartError::Refused(format!(
-            "data directory {} was written by etcd (it holds member/snap/db, a bbolt file); Quorate \
-             does not open it in place: save a snapshot with etcdctl and restore it, or choose \
+            "data directory {} holds a conversion that has not come to its end ({CONVERTING}): let \
+             `quorate utl engine convert` do it again, or remove the directory",
+            data_dir.display()
+        )));
+    }
+    let wanted = config.storage.engine;
+    let present = engines::present(data_dir)
+        .map_err(|source| StartError::Dir { path: data_dir.clone(), source })?;
+    let etcds = member.join("snap").join("db");
+    if engines::etcds().is_none() && present.is_empty() && etcds.exists() {
+        return Err(StartError::Refused(format!(
+            "data directory {} was written by etcd (it holds member/snap/db, a bbolt file), and no \
+             engine of this build reads that: save a snapshot with etcdctl and restore it, or choose \
              another --data-dir",
             data_dir.display()
         )));
     }
-    let wanted = config.storage.engine.name();
-    if let Some(other) = engines.iter().find(|name| **name != wanted) {
-        return Err(StartError::Refused(format!(
-            "data directory {} holds the data of engine {other}, but engine {wanted} is configured",
-            data_dir.display()
-        )));
-    }
-    Ok(())
+    let Some(other) = present.iter().find(|engine| **engine != wanted) else { return Ok(()) };
+    let whose = match engines::etcds() == Some(other) {
+        true => format!("engine {}, or was written by etcd", other.name()),
+        false => format!("engine {}", other.name()),
+    };
+    let convert = match wanted.home(data_dir) {
+        None => String::new(),
+        Some(_) => format!(
+            ", or convert it into a new directory: quorate utl engine convert --from-dir {} --to-dir \
+             NEW --engine {}",
+            data_dir.display(),
+            wanted.name()
+        ),
+    };
+    Err(StartError::Refused(format!(
+        "data directory {} holds the data of {whose}, but engine {} is configured: start with --engine \
+         {}{convert}",
+        data_dir.display(),
+        wanted.name(),
+        other.name(),
+    )))
 }
 
 fn create_dir(path: &Path) -> Result<(), StartError> {
@@ -408,6 +428,18 @@ fn read_directory(
             wal_dir.display(),
             recovered.last_index
         )));
+    }
+    if applied.0 > 0 && machine.term().0 == 0 {
+        let snapshot = installer.received(&recovered.start, &recovered.snapshots)?;
+        let batch = adopt::mend(&machine.members, applied, &snapshot, &recovered.entries)?;
+        engine.commit(&batch, Durability::Durable)?;
+        let restored = machine.replaced_by(&*engine.view()?)?;
+        (machine, unfinished) = (restored.machine, restored.unfinished);
+        tracing::info!(
+            "applied-index" = applied.0,
+            members = machine.members.members().len(),
+            "took over the directory of an etcd of before 3.5"
+        );
     }
     if let Some(torn) = &recovered.torn {
         tracing::warn!(
@@ -578,7 +610,7 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         bootstrap::RESOLVE_PAUSE,
     )?;
     create_dir(&config.member.data_dir)?;
-    let lock = DataDirLock::take(&*disk, &config.member.data_dir, &config.member.wal_dir())?;
+    let mut lock = DataDirLock::take(&*disk, &config.member.data_dir, &config.member.wal_dir())?;
     let options = listener::Options {
         max_concurrent_streams: config.listen.max_concurrent_streams,
         keepalive_min_time: config.listen.keepalive_min_time,
@@ -598,6 +630,10 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
     let dialer = Dialer::new(patience, tls::Client::for_peers(config, Metrics::global())?);
     let birth = bootstrap::birth(config, plan, &dialer, server_version()).await?;
     let snapshots = SnapDir::open(disk.clone(), &config.member.snap_dir())?;
+    if engines::etcds() == Some(config.storage.engine) {
+        // It locks its file itself, and would find it locked.
+        lock.release_db();
+    }
     let mut found = read_directory(config, &disk, &snapshots, birth.as_ref())?;
     if config.cluster.force_new && plan == Plan::Restart {
         let applied = found.machine.applied();
@@ -612,10 +648,15 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         return Err(StartError::Removed);
     }
     let threshold = config.storage.bootstrap_defrag_threshold_mib << 20;
-    if threshold > 0 {
+    if threshold > 0 && found.engine.about().reclaim == Reclaim::Never {
+        tracing::warn!(
+            engine = found.engine.name(),
+            "not defragmented before serving: the engine cannot give space back"
+        );
+    } else if threshold > 0 {
         let free = found.engine.size()?.saturating_sub(found.engine.size_in_use()?);
         if free >= threshold {
-            let reclaimed = found.engine.reclaim()?;
+            let reclaimed = found.engine.reclaim_alone()?;
             tracing::info!(
                 before = reclaimed.before,
                 after = reclaimed.after,
@@ -644,6 +685,7 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         let checked = integrity::check_at_start(&shared, &*peers, timeout).await;
         checked.map_err(StartError::Refused)?;
     }
+    let log_end = Index(found.recovered.last_index);
     let mut running = Running { arbiters: Vec::new() };
     let peers_thread = running.arbiter("peers");
     let Started { member, wal, door } = running.start_actors(
@@ -694,6 +736,7 @@ async fn start(config: &Config) -> Result<Daemon, StartError> {
         peer_workers,
         options,
         arbiters: running.arbiters,
+        log_end,
         _lock: lock,
     })
 }
@@ -795,7 +838,7 @@ impl Running {
         let snapshot_seat = Seat::<Snapshotter>::new(16);
         let network_seat = Seat::<Network>::new(peers::MAILBOX);
         let election = Duration::from_millis(config.raft.election_ms);
-        let quota = Quota(config.storage.quota_bytes);
+        let quota = config.storage.quota();
 
         let member = Arc::new(Member {
             shared: shared.clone(),
@@ -880,8 +923,9 @@ impl Running {
 
         let committer = committer_seat.addr();
         let (to_applier, exit_committer) = (applier_seat.addr().recipient(), exit.clone());
+        let shared_committer = shared.clone();
         committer_seat.start_in(&self.arbiter("committer"), move || {
-            BatchCommitter::new(to_applier, exit_committer)
+            BatchCommitter::new(to_applier, shared_committer, exit_committer)
         });
 
         let persistent = found.installer.is_persistent();
@@ -1020,7 +1064,10 @@ fn show_identity(shared: &Shared, config: &Config) {
         let on = f64::from(u8::from(config.gates.enabled(*gate)));
         metrics.feature_enabled.with(&[gate.name(), gate.stage().label()]).set(on);
     }
-    metrics.quota_backend_bytes.set(config.storage.quota_bytes.map_or(-1.0, |bytes| bytes as f64));
+    let or_none = |bytes: Option<u64>| bytes.map_or(-1.0, |bytes| bytes as f64);
+    let quota = config.storage.quota();
+    metrics.quota_backend_bytes.set(or_none(quota.live));
+    metrics.quota_physical_bytes.set(or_none(quota.physical));
     if config.observe.metrics == crate::config::MetricsDetail::Extensive {
         metrics.time_grpc_calls();
     }
@@ -1083,6 +1130,11 @@ impl Daemon {
             self.peers.clone(),
             server_version(),
             self.config.raft.request_timeout(),
+            AlarmOptions {
+                auto_disarm: self.config.storage.auto_disarm_nospace,
+                quota: self.member.limits.quota,
+                log_end: self.log_end,
+            },
         )
         .start();
         let interval = |time: Duration| (!time.is_zero()).then_some(time);
@@ -1192,6 +1244,7 @@ impl Daemon {
         let deadline = Instant::now() + self.config.raft.request_timeout();
         stop.send_replace(true);
         self.member.stopping.send_replace(true);
+        self.member.shared.published.load().engine.cancel_reclaim();
         while self.workers.connections() > 0 && Instant::now() < deadline {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -1459,7 +1512,7 @@ mod tests {
         let (_dir, config, snapshots, index) = received(engines::DEFAULT);
         let disk: SharedDisk = Arc::new(OsDisk);
         drop(installer(&config, &disk, &snapshots).unwrap().open().unwrap());
-        let engine = engine_dir(&config).unwrap();
+        let engine = config.storage.engine.dir(&config.member.data_dir).unwrap();
         std::fs::rename(&engine, engine.with_file_name("engine-redb.replaced")).unwrap();
         check(&read(&config, &snapshots).unwrap(), index);
         assert!(!engine.with_file_name("engine-redb.replaced").exists());

@@ -6,15 +6,25 @@ use std::sync::Arc;
 
 use engine_api::{About, Engine, EngineError, Options};
 
+use crate::storage::home::Home;
+
+pub mod list;
+
 type Open = fn(&Path, &Options) -> Result<Arc<dyn Engine>, EngineError>;
 
 /// An engine that a configuration can name.
 pub struct BuiltIn {
     pub about: &'static About,
-    /// Its directory below a member's (`<data-dir>/member`); `None` if it has no files.
+    /// Its directory below a member's (`<data-dir>/member`); `None` if it has no files. In [`SHARED`],
+    /// where the snapshots are, only [`SHARED_FILE`] is its own.
     dir: Option<&'static str>,
     open: Open,
 }
+
+/// Where etcd has its database, among the snapshots.
+const SHARED: &str = "snap";
+/// etcd's database.
+const SHARED_FILE: &str = "db";
 
 /// The engine of a member that was not told which to use.
 pub static DEFAULT: &BuiltIn = &REDB;
@@ -31,12 +41,51 @@ static MEMORY: BuiltIn = BuiltIn {
     open: |_, _| Ok(Arc::new(engine_memory::Memory::new())),
 };
 
+static LMDB: BuiltIn = BuiltIn {
+    about: &engine_lmdb::ABOUT,
+    dir: Some("engine-lmdb"),
+    open: |dir, options| Ok(Arc::new(engine_lmdb::Lmdb::open(dir, options)?)),
+};
+
+static FJALL: BuiltIn = BuiltIn {
+    about: &engine_fjall::ABOUT,
+    dir: Some("engine-fjall"),
+    open: |dir, options| Ok(Arc::new(engine_fjall::Fjall::open(dir, options)?)),
+};
+
+static BBOLT: BuiltIn = BuiltIn {
+    about: &engine_bbolt::ABOUT,
+    dir: Some(SHARED),
+    open: |dir, options| Ok(Arc::new(engine_bbolt::Bbolt::open(dir, options)?)),
+};
+
 /// All of them, the default first.
-pub static ALL: &[&BuiltIn] = &[&REDB, &MEMORY];
+pub static ALL: &[&BuiltIn] = &[&REDB, &LMDB, &FJALL, &BBOLT, &MEMORY];
 
 /// The engine of this name.
 pub fn find(name: &str) -> Option<&'static BuiltIn> {
     ALL.iter().copied().find(|engine| engine.name() == name)
+}
+
+/// The engine whose files are etcd's own, if it is built in.
+pub fn etcds() -> Option<&'static BuiltIn> {
+    ALL.iter().copied().find(|engine| engine.dir == Some(SHARED))
+}
+
+/// Those that have files in a member of this data directory.
+///
+/// # Errors
+/// The system's.
+pub fn present(data_dir: &Path) -> std::io::Result<Vec<&'static BuiltIn>> {
+    let mut present = Vec::new();
+    for engine in ALL {
+        if let Some(home) = engine.home(data_dir)
+            && home.exists()?
+        {
+            present.push(*engine);
+        }
+    }
+    Ok(present)
 }
 
 /// The names of all, for messages.
@@ -51,9 +100,20 @@ impl BuiltIn {
         self.about.name
     }
 
-    /// Where it has its files in a member of this data directory; `None` if it has none.
+    /// The directory that it is opened in for a member of this data directory; `None` if it has no files.
     pub fn dir(&self, data_dir: &Path) -> Option<PathBuf> {
-        self.dir.map(|dir| data_dir.join("member").join(dir))
+        self.home(data_dir).map(|home| home.dir)
+    }
+
+    /// Where it has its files in a member of this data directory; `None` if it has none.
+    pub fn home(&self, data_dir: &Path) -> Option<Home> {
+        self.home_in(&data_dir.join("member"))
+    }
+
+    /// Where it has its files in a member's directory; `None` if it has none.
+    pub fn home_in(&self, member_dir: &Path) -> Option<Home> {
+        let dir = self.dir?;
+        Some(Home { dir: member_dir.join(dir), file: (dir == SHARED).then_some(SHARED_FILE) })
     }
 
     /// Opens it in a directory, which is made if it is absent; one without files does not look at it.

@@ -15,3 +15,4 @@ pub mod logging;
 pub mod metrics;
 pub mod storage;
 pub mod transport;
+pub mod utl;

@@ -1,6 +1,7 @@
 //! Attacks on a running member: whatever a client does, the memory that it costs stays within a bound,
 //! and others are served meanwhile.
 
+mod ports;
 mod raw;
 
 use std::io::Write;

@@ -1,5 +1,7 @@
 //! `quorate bench` against a real etcd: what it reports is what the server then holds.
 
+mod ports;
+
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -7,12 +9,6 @@ use std::process::{Child, Command, Stdio};
 use std::thread;
 
 use serde_json::Value;
-
-/// A free port of the loopback device. Another process may take it before etcd does: then etcd ends,
-/// and another is tried.
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
 
 /// One member, killed when dropped.
 struct Etcd {
@@ -25,13 +21,9 @@ struct Etcd {
 impl Etcd {
     fn start() -> Etcd {
         let dir = tempfile::tempdir().unwrap();
-        for _ in 0..5 {
-            let (port, peer_port) = (free_port(), free_port());
-            if let Some(child) = Self::spawn(&dir, port, peer_port) {
-                return Etcd { child, port, peer_port, dir };
-            }
-        }
-        panic!("etcd does not start");
+        let (port, peer_port) = (ports::free_port(), ports::free_port());
+        let child = Self::spawn(&dir, port, peer_port).expect("etcd starts");
+        Etcd { child, port, peer_port, dir }
     }
 
     /// Returns once etcd says that it serves; None if it ends instead.
@@ -272,6 +264,28 @@ fn compaction_runs_beside_the_load() {
     let old = etcd.etcdctl(&["get", "x", "--rev=2"]);
     let error = String::from_utf8(old.stderr).unwrap();
     assert!(error.contains("required revision has been compacted"), "{error}");
+}
+
+#[test]
+fn disturbed_puts_are_told_from_others() {
+    let etcd = Etcd::start();
+    let put = "put --total 401 --rate 400 --val-size 100 --during compaction,defragment";
+    let outcome = etcd.bench(&format!("{put} --compact-index-delta 5"));
+    assert_eq!(outcome["requests"], 401);
+    let kinds = &outcome["kinds"];
+    check_kind(&kinds[0], "put", 201);
+    check_kind(&kinds[1], "disturbed put", 200);
+    for (kind, name) in [(&kinds[2], "compaction"), (&kinds[3], "defragmentation")] {
+        let count = kind["count"].as_u64().unwrap();
+        assert!((1..=3).contains(&count), "{count} in half a second, and the last is waited for");
+        check_kind(kind, name, count);
+    }
+    // At revision 202, when half of the puts were made, at the earliest.
+    let old = etcd.etcdctl(&["get", "x", "--rev=100"]);
+    let error = String::from_utf8(old.stderr).unwrap();
+    assert!(error.contains("required revision has been compacted"), "{error}");
+    let alone = etcd.bench("put --total 100 --during defragment");
+    assert_eq!(alone["kinds"][2]["count"], 0);
 }
 
 #[test]

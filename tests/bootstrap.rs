@@ -1,6 +1,8 @@
 //! How members come into being, as processes: founding, joining, going on, being forced; and
 //! `local-cluster`. Where it can be, against a real etcd.
 
+mod ports;
+
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -35,9 +37,7 @@ fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Result<T, String>) -> T {
 
 /// Free ports of the loopback device, all different.
 fn free<const N: usize>() -> [SocketAddr; N] {
-    let listeners: [TcpListener; N] =
-        std::array::from_fn(|_| TcpListener::bind("127.0.0.1:0").unwrap());
-    std::array::from_fn(|n| listeners[n].local_addr().unwrap())
+    std::array::from_fn(|_| ports::free_address())
 }
 
 fn id_of(urls: &[&str]) -> u64 {

@@ -348,13 +348,13 @@ fn a_file_with_wrong_values_is_refused_by_key() {
         ("initial-cluster-state: old", r#"unexpected clusterState "old""#),
         (
             "quorate: {engin: redb}",
-            "unknown key engin (known are engine, engine-options, max-connection-age, max-connection-age-grace)",
+            "unknown key engin (known are engine, engine-options, quota-physical-bytes, auto-disarm-nospace, \
+             max-connection-age, max-connection-age-grace)",
         ),
         ("engine: redb\nquorate: {engine: redb}", "engine is set twice"),
-        ("engine: sled", r#"unknown engine "sled" (supported are redb, memory)"#),
         (
             "engine-options: {cache: 5}",
-            r#"engine-options: unknown option "cache" of engine redb; it has cache-bytes"#,
+            r#"quorate: engine-options: unknown option "cache" of engine redb; it has cache-bytes"#,
         ),
         (
             "warning-apply-duration: -1",
@@ -363,6 +363,9 @@ fn a_file_with_wrong_values_is_refused_by_key() {
     ] {
         assert_eq!(file_refused(text), error, "{text}");
     }
+    let known = quorate::engines::names();
+    let error = format!(r#"unknown engine "sled" (supported are {known})"#);
+    assert_eq!(file_refused("engine: sled"), error);
     let written = Written::new("a: [");
     let error = written.load().0.unwrap_err();
     assert!(error.to_string().contains("is not YAML"), "{error}");
@@ -491,7 +494,6 @@ fn rules_are_told_in_the_words_of_etcd() {
             "cannot bind both --listen-client-urls and --listen-client-http-urls on the same url http://localhost:2379",
         ),
         (&["--auth-token=jwt"], "auth: invalid auth options: --auth-token: jwt needs sign-method"),
-        (&["--engine=sled"], r#"unknown engine "sled" (supported are redb, memory)"#),
         (&["--backend-batch-limit=-1"], "--backend-batch-limit must be >0 (set to -1)"),
         (
             &["--auth-token=jwt,sign-method=none"],
@@ -507,6 +509,9 @@ fn rules_are_told_in_the_words_of_etcd() {
         assert_eq!(error.to_string(), text);
         assert_eq!((error.exit_code(), error.telling() != Telling::Usage), (1, true), "{text}");
     }
+    let error = refused(&["--engine=sled"]).to_string();
+    let known = quorate::engines::names();
+    assert_eq!(error, format!(r#"unknown engine "sled" (supported are {known})"#));
     let error = refused(&["--log-level=loud", "--listen-peer-urls=http://h:1"]);
     assert_eq!(error.to_string(), r#"unrecognized level: "loud""#);
     assert_eq!((error.exit_code(), error.telling()), (2, Telling::Panic));

@@ -1,9 +1,10 @@
 //! etcd's files, checked against a real etcd: ours are read by it, its are read by us.
 
+mod ports;
+
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
-use std::net::TcpListener;
 use std::ops::{Bound, ControlFlow};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -37,9 +38,8 @@ struct Etcd {
 
 impl Etcd {
     fn start(data_dir: &Path, extra: &[&str]) -> Self {
-        let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let client = format!("http://{}", free());
-        let peer = format!("http://{}", free());
+        let client = format!("http://{}", ports::free_address());
+        let peer = format!("http://{}", ports::free_address());
         let mut process = Command::new("etcd")
             .args(["--name", "m", "--data-dir"])
             .arg(data_dir)

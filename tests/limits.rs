@@ -1,5 +1,6 @@
 //! What a client can do to a member: pings without end, floods, silence, messages that are too deep or
 //! too great. Raw sockets where a well-behaved client would not do it, h2 where its answer matters.
+mod ports;
 mod raw;
 
 use std::io::{ErrorKind, Read, Write};

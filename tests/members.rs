@@ -1,5 +1,6 @@
 //! Membership and leadership as clients of real processes see them.
 
+mod ports;
 #[path = "cluster/rig/mod.rs"]
 mod rig;
 

@@ -2,6 +2,7 @@
 //! etcd, through promtool, and scraped by a real Prometheus.
 
 mod page;
+mod ports;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
@@ -9,8 +10,9 @@ use std::net::{SocketAddr, TcpListener};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use page::{FAMILIES, Process, Prometheus, fetch, free_port, parse, wait_for};
+use page::{FAMILIES, Process, Prometheus, fetch, parse, wait_for};
 
+use ports::free_address;
 use prost::Message;
 use quorate::core::types::MemberId;
 use quorate::metrics::{GrpcCall, Method, Metrics, RequestKind, StreamKind};
@@ -186,7 +188,7 @@ fn the_methods_are_those_of_the_services() {
 /// A page of etcd 3.4 with a leader.
 fn page_of_etcd() -> String {
     let dir = tempfile::tempdir().expect("a directory can be made");
-    let (client, peer) = (free_port(), free_port());
+    let (client, peer) = (free_address(), free_address());
     let child = Command::new("etcd")
         .env_clear()
         .arg(format!("--data-dir={}", dir.path().join("data").display()))

@@ -34,13 +34,13 @@ use crate::actors::shared::{Published, Shared};
 use crate::actors::snapshot::{Installed, TakeSnapshot};
 use crate::actors::watch::Events;
 use crate::core::apply::{Effects, Kind, Machine, Outcome, Reply, TokenChange};
-use crate::core::command::{Command, Request};
+use crate::core::command::Command;
 use crate::core::describe::Described;
 use crate::core::event::EventKind;
 use crate::core::membership::{ChangeContext, Membership, Version};
 use crate::core::mvcc::Values;
 use crate::core::mvcc::compact::{Compaction, Sliced};
-use crate::core::quota::Quota;
+use crate::core::quota::{Limit, Quota};
 use crate::core::types::{Index, MemberId, Term};
 use crate::logging;
 use crate::metrics::{Metrics, RequestKind};
@@ -59,7 +59,8 @@ pub struct Apply {
     pub confirm: bool,
 }
 
-/// Drops up to this many superseded revisions.
+/// Drops up to this many superseded revisions, for about [`SLICE_TIME`] at most: so long, entries that
+/// come meanwhile wait.
 #[derive(Message)]
 #[rtype(result = "Sliced")]
 pub struct CompactSlice {
@@ -86,8 +87,6 @@ pub trait TokenSink: Send + Sync {
     fn changed(&self, change: &TokenChange);
     /// Users were replaced: the tokens of those that `lasts` denies are not good any more.
     fn replaced(&self, lasts: &dyn Fn(&str) -> bool);
-    /// Entries were applied, and what they made is published.
-    fn applied(&self);
 }
 
 /// When a batch for the engine is cut, and what else the applier is told once.
@@ -106,9 +105,20 @@ pub struct Options {
 /// Uncommitted changes at which the applier waits for the engine: ten batches.
 const OVERLAY_BATCHES: usize = 10;
 
+/// How long a slice of a compaction may keep entries from being applied: well below the time of a disk's
+/// sync, which every write waits for.
+const SLICE_TIME: Duration = Duration::from_millis(1);
+
+/// Revisions dropped, and a tenth of the keys looked at, between two looks at the clock: some 100 us.
+const SLICE_STEP: usize = 64;
+
 /// A batch is made durable if none was for this long: an engine may be unable to use space again that
 /// was freed since its last durable commit, and a restart replays less.
 const DURABLE_AFTER: Duration = Duration::from_secs(10);
+
+/// How long an engine that is about to be replaced is waited for before it is told to give no more space
+/// back, and told again.
+const RECLAIM_ENDS: Duration = Duration::from_millis(10);
 
 /// How long a member that was removed goes on (v3-api 3.10).
 const REMOVED_STOPS_AFTER: Duration = Duration::from_secs(1);
@@ -217,7 +227,7 @@ impl Applier {
         let Some(last) = last else { return };
         let engine = self.links.shared.published.load().engine.clone();
         let values = Values::new(&*engine);
-        let size = || engine.size().unwrap_or(0);
+        let shared = self.links.shared.clone();
         let mut effects = Effects::default();
         let mut answers: Vec<(u64, Result<Reply, RequestError>, Term)> = Vec::new();
         let mut changes = Vec::new();
@@ -229,7 +239,7 @@ impl Applier {
                 entry,
                 |id| waiters.contains_key(&id),
                 self.options.quota,
-                size,
+                || shared.sizes(),
                 &mut effects,
             );
             match outcome {
@@ -250,7 +260,6 @@ impl Applier {
             self.links.tokens.changed(change);
         }
         self.publish(&effects);
-        self.links.tokens.applied();
         self.spread(effects);
         for (id, result, term) in answers {
             let Some(waiter) = self.waiters.remove(&id) else { continue };
@@ -286,8 +295,14 @@ impl Applier {
         progress("applying snapshot", self.machine.applied(), self.snapshot_index);
         self.metrics.snapshot_apply_in_progress.set(1.0);
         let shared = self.links.shared.clone();
-        // Giving space back goes by file names, which the new engine is about to take.
-        let reclaiming = shared.reclaiming.lock();
+        // Giving space back goes by file names, which the new engine is about to take. What the old one
+        // would give back goes with it anyway.
+        let reclaiming = loop {
+            if let Some(alone) = shared.reclaiming.try_lock_for(RECLAIM_ENDS) {
+                break alone;
+            }
+            shared.published.load().engine.cancel_reclaim();
+        };
         let engine = self.links.installer.install(snapshot)?;
         let restored = self.machine.replaced_by(&*engine.view()?)?;
         let before = self.machine.store.now().compact_revision();
@@ -307,8 +322,8 @@ impl Applier {
         self.snapshot_index = self.machine.applied();
         self.snapshot_wanted = false;
         self.last_durable = Instant::now();
+        shared.measure_at(&*engine, self.machine.applied());
         shared.published.store(Arc::new(Published::of(&self.machine, engine, None)));
-        self.links.tokens.applied();
         drop(reclaiming);
         // The hub has not been told of anything in between: it reads it from the new store.
         self.links.watch.do_send(Events {
@@ -377,8 +392,8 @@ impl Applier {
         if outcome.id == 0 {
             return;
         }
-        if outcome.over_quota {
-            self.raise_nospace(outcome.id);
+        if let Some(limit) = outcome.over_quota {
+            self.raise_nospace(outcome.id, limit);
         } else {
             answers.push((outcome.id, outcome.result.map_err(RequestError::Apply), term));
         }
@@ -442,15 +457,10 @@ impl Applier {
     }
 
     /// Raises the alarm for this member; the caller is answered when it is in force.
-    fn raise_nospace(&mut self, id: u64) {
+    fn raise_nospace(&mut self, id: u64, limit: Limit) {
         let Some(mut waiter) = self.waiters.remove(&id) else { return };
         let alarm = self.links.shared.next_id();
-        let request = pb::AlarmRequest {
-            action: pb::alarm_request::AlarmAction::Activate as i32,
-            member_id: self.links.shared.member_id.0,
-            alarm: pb::AlarmType::Nospace as i32,
-        };
-        let data = Command::new(alarm, Request::Alarm(request)).encode();
+        let data = Command::new(alarm, self.links.shared.raise_nospace(limit)).encode();
         let (reply, raised) = oneshot::channel();
         let proposals = vec![Proposal { id: alarm, data, reply }];
         self.links.raft.do_send(Requests { proposals, reads: Vec::new() });
@@ -725,7 +735,19 @@ impl Handler<CompactSlice> for Applier {
             _ => Compaction::new(slice.at),
         };
         let (store, batch) = self.machine.maintenance();
-        let sliced = compaction.slice(store, batch, slice.limit * 10, slice.limit);
+        let began = Instant::now();
+        let mut sliced = Sliced { dropped: 0, done: false };
+        // Keys without anything to drop count as well, as a tenth.
+        let mut steps = slice.limit.div_ceil(SLICE_STEP);
+        while steps > 0 && !sliced.done && sliced.dropped < slice.limit {
+            let limit = SLICE_STEP.min(slice.limit - sliced.dropped);
+            let step = compaction.slice(store, batch, limit * 10, limit);
+            sliced = Sliced { dropped: sliced.dropped + step.dropped, done: step.done };
+            steps -= 1;
+            if began.elapsed() >= SLICE_TIME {
+                break;
+            }
+        }
         if !sliced.done {
             self.compaction = Some(compaction);
         }
@@ -943,6 +965,47 @@ mod tests {
         let view = engine.view().unwrap();
         let index = view.get(Table::Meta, CONSISTENT_INDEX).unwrap().unwrap();
         assert_eq!(index[..], last.0.to_be_bytes());
+    }
+
+    #[test]
+    fn a_snapshot_does_not_wait_for_space_that_is_given_back() {
+        actix::System::new().block_on(async {
+            let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+            let mut rigs = dirs.each_ref().map(|dir| Rig::start(dir.path(), true));
+            let large = "v".repeat(1 << 20);
+            for rig in &mut rigs {
+                rig.found();
+                rig.requests((0..20).map(|n| put(&n.to_string(), &large)).collect());
+                rig.applied().await;
+            }
+            let [mut ahead, mut behind] = rigs;
+            ahead.requests((0..100).map(|n| put("k", &n.to_string())).collect());
+            ahead.applied().await;
+            let (reply, flushed) = oneshot::channel();
+            behind.applier.do_send(Flush(reply));
+            flushed.await.unwrap();
+
+            // As long as it goes on undisturbed, it takes about 20 seconds.
+            let shared = behind.shared.clone();
+            let reclaim = std::thread::spawn(move || {
+                let _alone = shared.reclaiming.lock();
+                shared.published.load_full().engine.reclaim()
+            });
+            let started = Instant::now();
+            while !dirs[1].path().join("engine-redb/data.redb.new").exists() {
+                assert!(started.elapsed() < PATIENCE, "no copy is made");
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            let received = transfer(&ahead, &behind.snapshots, dirs[0].path()).await;
+            behind.send_snapshot(received);
+            behind.applied().await;
+            let result = reclaim.join().unwrap();
+            assert!(matches!(result, Err(engine_api::EngineError::Cancelled)), "{result:?}");
+            assert_eq!(hashes(&behind), hashes(&ahead));
+            behind.requests(vec![put("k", "after")]);
+            behind.applied().await;
+            behind.stop().await;
+        });
     }
 
     #[test]

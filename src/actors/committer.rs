@@ -11,6 +11,7 @@ use actix::prelude::*;
 use engine_api::{Batch, Durability, Engine};
 
 use crate::actors::exit::Exit;
+use crate::actors::shared::Shared;
 use crate::core::types::Index;
 use crate::metrics::Metrics;
 
@@ -36,14 +37,15 @@ pub struct Committed {
 /// Owns the right to write to the engine.
 pub struct BatchCommitter {
     applier: Recipient<Committed>,
+    shared: Arc<Shared>,
     exit: Exit,
     metrics: &'static Metrics,
 }
 
 impl BatchCommitter {
     /// A committer that reports to `applier`.
-    pub fn new(applier: Recipient<Committed>, exit: Exit) -> Self {
-        BatchCommitter { applier, exit, metrics: Metrics::global() }
+    pub fn new(applier: Recipient<Committed>, shared: Arc<Shared>, exit: Exit) -> Self {
+        BatchCommitter { applier, shared, exit, metrics: Metrics::global() }
     }
 }
 
@@ -61,6 +63,7 @@ impl Handler<Commit> for BatchCommitter {
             return self.exit.fail("storage engine", &error);
         }
         self.metrics.backend_commit_seconds.record(started.elapsed());
+        self.shared.measure_at(&*commit.engine, commit.index);
         let durable = commit.durability == Durability::Durable;
         // One commit is in flight at a time, so at most one answer is.
         self.applier.do_send(Committed { index: commit.index, durable });

@@ -9,7 +9,7 @@
 //! applier ── Events ──► watch ── responses ──► transport
 //! applier ── LeaseChanges, Promoted ──► lease ── AsLeader (revokes) ──► raft
 //! applier ── Compacted ──► compactor ── CompactSlice ──► applier
-//! monitor ── Requests (cluster version) ──► raft ◄── Requests (alarms, read index) ── integrity
+//! monitor ── Requests (cluster version, end of an alarm) ──► raft ◄── Requests (alarms, read index) ── integrity
 //! raft ── Send ──► transport/peer ── Step, Unreachable, SnapshotDone ──► raft
 //! applier ── Members ──► transport/peer
 //! applier ── TakeSnapshot ──► snapshot ── SaveSnapshot, Release ──► wal

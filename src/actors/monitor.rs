@@ -1,8 +1,8 @@
 //! The monitor: what a member looks after on its own account, apart from any request.
 //!
 //! in:  nothing but the clock
-//! out: `Requests` (the cluster version) to actors/raft.rs; gauges that no event sets; questions to the
-//!      other members, by [`Peers`]
+//! out: `Requests` (the cluster version, the end of a NOSPACE alarm) to actors/raft.rs; gauges that no event
+//!      sets; questions to the other members, by [`Peers`]
 //!
 //! While this member leads and the cluster version is below what this server can do, it asks the
 //! others what they can do, and proposes what follows (operations 2.9, core/cluster_version.rs).
@@ -13,16 +13,18 @@ use std::time::Duration;
 
 use actix::prelude::*;
 use futures_util::future::join_all;
+use quorate_proto::etcdserverpb as pb;
 use quorate_proto::membershippb::ClusterVersionSetRequest;
 use tokio::sync::oneshot;
 
 use crate::actors::integrity::Peers;
 use crate::actors::raft::{Proposal, RaftActor, Requests};
-use crate::actors::shared::Shared;
+use crate::actors::shared::{Published, Shared};
 use crate::core::cluster_version;
 use crate::core::command::{Command, Request};
 use crate::core::membership::Version;
-use crate::core::types::Term;
+use crate::core::quota::{Quota, Recovery, Sizes};
+use crate::core::types::{Index, Term};
 use crate::metrics::{Metrics, OpenFiles};
 
 /// How often the gauges are refreshed: more often than Prometheus looks.
@@ -34,6 +36,16 @@ const FILES_INTERVAL: Duration = Duration::from_secs(600);
 /// Share of the file limit, in percent, above which there is a warning.
 const FILES_WARNING_PERCENT: u64 = 80;
 
+/// How the member's own NOSPACE alarm is lifted.
+#[derive(Clone, Copy, Debug)]
+pub struct AlarmOptions {
+    /// Without it that is left to others.
+    pub auto_disarm: bool,
+    pub quota: Quota,
+    /// Where the log ended at the start: an alarm that comes up to there was raised before it.
+    pub log_end: Index,
+}
+
 /// Owns no state but what it is about to propose.
 pub struct Monitor {
     shared: Arc<Shared>,
@@ -44,6 +56,11 @@ pub struct Monitor {
     request_timeout: Duration,
     metrics: &'static Metrics,
     negotiating: bool,
+    alarm: AlarmOptions,
+    recovery: Recovery,
+    /// What was known to be committed at the last look at the alarm.
+    committed: Option<Index>,
+    disarming: bool,
     /// The last term in which this member has been seen to lead, with an entry of it applied.
     led: Term,
 }
@@ -62,6 +79,11 @@ pub async fn server_versions(
     versions
 }
 
+/// Whether this member's own NOSPACE alarm is in force.
+fn nospace(shared: &Shared, now: &Published) -> bool {
+    now.alarms.has(shared.member_id, pb::AlarmType::Nospace)
+}
+
 impl Monitor {
     /// A monitor of the member behind `shared`.
     pub fn new(
@@ -70,8 +92,14 @@ impl Monitor {
         peers: Arc<dyn Peers>,
         server: Version,
         request_timeout: Duration,
+        alarm: AlarmOptions,
     ) -> Self {
+        let in_force = nospace(&shared, &shared.published.load());
         Monitor {
+            alarm,
+            recovery: Recovery::new(in_force),
+            committed: None,
+            disarming: false,
             shared,
             raft,
             peers,
@@ -85,13 +113,12 @@ impl Monitor {
 
     fn refresh(&mut self, ctx: &mut Context<Self>) {
         // A failing engine says so itself, where it is used.
-        let now = self.shared.published.load();
-        if let Ok(size) = now.engine.size() {
-            self.metrics.db_size.set(size as f64);
-        }
-        if let Ok(in_use) = now.engine.size_in_use() {
-            self.metrics.db_size_in_use.set(in_use as f64);
-        }
+        let now = self.shared.published.load_full();
+        self.shared.measure(&*now.engine);
+        let sizes = self.shared.sizes();
+        self.metrics.db_size.set(sizes.physical as f64);
+        self.metrics.db_size_in_use.set(sizes.live as f64);
+        self.look_at_alarm(&now, sizes, ctx);
         let learner = now.members.is_learner();
         self.metrics.is_learner.set(f64::from(u8::from(learner)));
         // A new leader looks at the versions once an entry of its term is applied, not seconds later.
@@ -104,6 +131,47 @@ impl Monitor {
             drop(now);
             self.negotiate_version(ctx);
         }
+    }
+
+    /// Asks for the end of this member's NOSPACE alarm when its space is back.
+    fn look_at_alarm(&mut self, now: &Published, sizes: Sizes, ctx: &mut Context<Self>) {
+        let in_force = nospace(&self.shared, now);
+        let raised = self.shared.nospace_raised.swap(false, Ordering::AcqRel)
+            || (in_force && now.applied <= self.alarm.log_end);
+        // What the engine has not taken yet may need the space: writes of the last moment, or, after a
+        // start, all that the log brings back.
+        let committed = Index(self.shared.raft.committed.load(Ordering::Acquire));
+        let before = self.committed.replace(committed);
+        let counted = before.is_some_and(|before| self.shared.measured() >= before);
+        let is_back = counted && self.alarm.quota.is_back(sizes);
+        let due = self.recovery.step(raised, in_force, is_back);
+        if !due || !self.alarm.auto_disarm || self.disarming {
+            return;
+        }
+        tracing::info!(
+            "live-bytes" = sizes.live,
+            "physical-bytes" = sizes.physical,
+            "space is back, lifting alarm"
+        );
+        self.disarming = true;
+        let id = self.shared.next_id();
+        let request = Request::Alarm(pb::AlarmRequest {
+            action: pb::alarm_request::AlarmAction::Deactivate as i32,
+            member_id: self.shared.member_id.0,
+            alarm: pb::AlarmType::Nospace as i32,
+        });
+        let data = Command::new(id, request).encode();
+        let (reply, done) = oneshot::channel();
+        let proposals = vec![Proposal { id, data, reply }];
+        self.raft.do_send(Requests { proposals, reads: Vec::new() });
+        // An entry that was lost with its leader is never answered; then it is asked again.
+        let done = tokio::time::timeout(self.request_timeout, done);
+        ctx.spawn(done.into_actor(self).map(move |done, this, _| {
+            this.disarming = false;
+            if !matches!(done, Ok(Ok(Ok(_)))) {
+                tracing::warn!("failed to lift alarm");
+            }
+        }));
     }
 
     /// Brings the cluster version to what all members can do, as far as this member knows.

@@ -34,6 +34,7 @@ use crate::core::quota::Quota;
 use crate::core::raft::{Config, MSG_APP, MSG_SNAP, Node, Restored};
 use crate::core::types::{ClusterId, Index, MemberId, Term};
 use crate::core::watch::{Hub, HubOptions};
+use crate::storage::home::Home;
 use crate::storage::install::{Installer, OpenEngine};
 use crate::storage::snap_dir::SnapDir;
 use crate::storage::wal_log::WalLog;
@@ -88,13 +89,12 @@ pub fn version() -> Version {
     Version::parse("3.7.1").expect("a version")
 }
 
-/// Opens redb in a directory.
+/// Opens redb in a directory. It gives space back so slowly that a test can see it under way.
 pub fn open_redb() -> OpenEngine {
     Arc::new(|dir| {
-        Ok(Arc::new(engine_redb::Redb::open(
-            dir,
-            &engine_api::Options::defaults(&engine_redb::ABOUT),
-        )?))
+        let slow = [("reclaim-mib-per-second".to_owned(), "1".to_owned())].into();
+        let options = engine_api::Options::new(&engine_redb::ABOUT, &slow).expect("its options");
+        Ok(Arc::new(engine_redb::Redb::open(dir, &options)?))
     })
 }
 
@@ -105,7 +105,7 @@ pub fn installer(disk: SharedDisk, dir: &Path, persistent: bool) -> Installer {
         true => open_redb(),
         false => Arc::new(|_| Ok(Arc::new(engine_memory::Memory::new()))),
     };
-    let engine = persistent.then(|| dir.join("engine-redb"));
+    let engine = persistent.then(|| Home::own(dir.join("engine-redb")));
     Installer::new(disk, snaps, engine, open, version())
 }
 
@@ -116,8 +116,6 @@ impl applier::TokenSink for NoTokens {
     fn changed(&self, _: &TokenChange) {}
 
     fn replaced(&self, _: &dyn Fn(&str) -> bool) {}
-
-    fn applied(&self) {}
 }
 
 impl Rig {
@@ -173,7 +171,8 @@ impl Rig {
         };
         let snapshotter =
             Snapshotter::new(disk, snapshots.clone(), wal.clone(), exit.clone(), options).start();
-        let committer = BatchCommitter::new(applier.clone().recipient(), exit.clone()).start();
+        let committer =
+            BatchCommitter::new(applier.clone().recipient(), shared.clone(), exit.clone()).start();
         let links = applier::Links {
             shared: shared.clone(),
             raft: raft.clone(),
@@ -194,7 +193,7 @@ impl Rig {
         let options = applier::Options {
             batch_interval: Duration::from_millis(5),
             batch_limit: 100,
-            quota: Quota(None),
+            quota: Quota::OFF,
             snapshot_count: 10_000,
             snapshot_index: Index(0),
             warning_apply: PATIENCE,

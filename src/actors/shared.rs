@@ -14,15 +14,17 @@ use crate::actors::watch::Backlog;
 use crate::core::alarm::Alarms;
 use crate::core::apply::{Effects, Machine};
 use crate::core::auth::AuthStore;
+use crate::core::command::Request;
 use crate::core::event::{Event, History, HistoryError};
 use crate::core::lease::LeaseTable;
 use crate::core::membership::Membership;
 use crate::core::mvcc::hash::{CompactionHashes, KvHash};
 use crate::core::mvcc::history::event;
 use crate::core::mvcc::{ReadError, Snapshot, Values};
+use crate::core::quota::{Limit, Sizes};
 use crate::core::reconfig::{Contact, Leadership, STABLE_AFTER};
 use crate::core::types::{ClusterId, Index, MemberId, Revision, Term, Uptime};
-use quorate_proto::KeyValueBytes;
+use quorate_proto::{KeyValueBytes, etcdserverpb as pb};
 
 /// All replicated state after one applied batch of entries, with the engine that holds the rest of it:
 /// one load gives a pair that belongs together, also while a snapshot of the leader replaces both.
@@ -121,6 +123,15 @@ struct LeaderTimes {
     lost: Option<Uptime>,
 }
 
+/// Defragmentations of this member: one at a time, and one for all who asked before it began.
+#[derive(Default)]
+pub struct Defragmentations {
+    /// Whose turn it is; holds the number of the last one that has succeeded.
+    pub turn: Arc<tokio::sync::Mutex<u64>>,
+    /// How many have begun.
+    pub begun: AtomicU64,
+}
+
 /// One member's shared state.
 pub struct Shared {
     pub cluster_id: ClusterId,
@@ -132,8 +143,15 @@ pub struct Shared {
     /// What compactions left to be compared with other members. Belongs to the store that they were
     /// made on: another store begins without any.
     pub compaction_hashes: ArcSwap<CompactionHashes>,
+    /// What the engine occupied when it was last measured: live and physical bytes.
+    sizes: [AtomicU64; 2],
+    /// The index up to which that holds what was applied.
+    measured: AtomicU64,
+    /// This member has asked for its NOSPACE alarm, and the monitor has not heard of it.
+    pub nospace_raised: AtomicBool,
     /// Set while the engine gives space back.
     pub defragmenting: AtomicBool,
+    pub defragmentations: Defragmentations,
     /// Held while it does, and while it is replaced: both go by the names of its files.
     pub reclaiming: Mutex<()>,
     /// What the applier has told the watch hub and the hub has not heard yet.
@@ -152,20 +170,74 @@ impl Shared {
             .map_or(0, |since| since.as_millis() as u64);
         // Two bytes of the member, five of the time, one that counts and carries (v3-api 6.1).
         let first = (member_id.0 << 48) | ((unix_ms << 8) & 0x0000_ffff_ffff_ff00);
-        Shared {
+        let (engine, applied) = (published.engine.clone(), published.applied);
+        let shared = Shared {
             cluster_id,
             member_id,
             published: ArcSwap::from_pointee(published),
             raft: RaftView::default(),
             reachable: Arc::default(),
             compaction_hashes: ArcSwap::default(),
+            sizes: Default::default(),
+            measured: AtomicU64::new(applied.0),
+            nospace_raised: AtomicBool::new(false),
             defragmenting: AtomicBool::new(false),
+            defragmentations: Defragmentations::default(),
             reclaiming: Mutex::new(()),
             unwatched: Backlog::default(),
             watched: AtomicBool::new(false),
             started: Instant::now(),
             next_request: AtomicU64::new(first),
+        };
+        shared.measure(&*engine);
+        shared
+    }
+
+    /// Asks the engine what it occupies, for those who ask [`Shared::sizes`]. To be called when that has
+    /// changed: after a commit, when space was given back, when the engine was replaced.
+    pub fn measure(&self, engine: &dyn Engine) {
+        // An engine that has failed says so itself, where it is written to.
+        if let (Ok(live), Ok(physical)) = (engine.size_in_use(), engine.size()) {
+            self.sizes[0].store(live, Ordering::Relaxed);
+            self.sizes[1].store(physical, Ordering::Relaxed);
         }
+    }
+
+    /// As [`Shared::measure`], of an engine that holds everything up to `index`.
+    pub fn measure_at(&self, engine: &dyn Engine, index: Index) {
+        self.measure(engine);
+        self.measured.store(index.0, Ordering::Release);
+    }
+
+    /// The index up to which [`Shared::sizes`] count what was applied: what is on its way to the engine, as
+    /// after a start what its log brings back, is not in them yet.
+    pub fn measured(&self) -> Index {
+        Index(self.measured.load(Ordering::Acquire))
+    }
+
+    /// What the engine occupied when it was last measured, which costs nothing to ask.
+    pub fn sizes(&self) -> Sizes {
+        let [live, physical] = self.sizes.each_ref().map(|size| size.load(Ordering::Relaxed));
+        Sizes { live, physical }
+    }
+
+    /// The request by which this member raises its NOSPACE alarm: a limit of the quota is reached.
+    pub fn raise_nospace(&self, exceeded: Limit) -> Request {
+        // Many requests may meet the same limit before the alarm is in force.
+        if !self.nospace_raised.swap(true, Ordering::AcqRel) {
+            let Sizes { live, physical } = self.sizes();
+            tracing::warn!(
+                %exceeded,
+                "live-bytes" = live,
+                "physical-bytes" = physical,
+                "space quota is exceeded, raising alarm"
+            );
+        }
+        Request::Alarm(pb::AlarmRequest {
+            action: pb::alarm_request::AlarmAction::Activate as i32,
+            member_id: self.member_id.0,
+            alarm: pb::AlarmType::Nospace as i32,
+        })
     }
 
     /// A request ID that no other request of the cluster has.
@@ -402,11 +474,11 @@ fn storage(error: ReadError) -> HistoryError {
 #[cfg(test)]
 pub(crate) mod tests {
     use engine_memory::Memory;
-    use quorate_proto::{etcdserverpb as pb, raftpb};
+    use quorate_proto::raftpb;
 
     use super::*;
     use crate::core::apply::Effects;
-    use crate::core::command::{Command, Request};
+    use crate::core::command::Command;
     use crate::core::membership::Version;
     use crate::core::quota::Quota;
 
@@ -444,7 +516,7 @@ pub(crate) mod tests {
             let engine = self.shared.published.load().engine.clone();
             let (values, mut effects) = (Values::new(&*engine), Effects::default());
             self.machine
-                .apply(&values, &entry, |_| true, Quota(None), || 0, &mut effects)
+                .apply(&values, &entry, |_| true, Quota::OFF, Sizes::default, &mut effects)
                 .expect("a put is applied");
             drop(values);
             let published = Published::of(&self.machine, engine, None);

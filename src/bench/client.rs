@@ -147,10 +147,11 @@ pub enum Method {
     Compact,
     Status,
     Authenticate,
+    Defragment,
 }
 
 impl Method {
-    const ALL: [Method; 10] = [
+    const ALL: [Method; 11] = [
         Method::Put,
         Method::Range,
         Method::Txn,
@@ -161,6 +162,7 @@ impl Method {
         Method::Compact,
         Method::Status,
         Method::Authenticate,
+        Method::Defragment,
     ];
 
     fn path(self) -> &'static str {
@@ -175,6 +177,7 @@ impl Method {
             Method::Compact => "/etcdserverpb.KV/Compact",
             Method::Status => "/etcdserverpb.Maintenance/Status",
             Method::Authenticate => "/etcdserverpb.Auth/Authenticate",
+            Method::Defragment => "/etcdserverpb.Maintenance/Defragment",
         }
     }
 }

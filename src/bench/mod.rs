@@ -2,17 +2,26 @@
 //!
 //! `options` reads the command line into a plan; a `session` holds the threads and connections to one
 //! server and runs slices of a load on them; `work` says what a client does; `pace` when; `tally`
-//! counts; `report` prints. The client underneath (`client`, `wire`) is made to cost little, because
+//! counts; `outcome` prints. The client underneath (`client`, `wire`) is made to cost little, because
 //! it shares the machine with what it measures; its own CPU time is part of each report.
+//!
+//! `engines` and `servers` compare several storage engines, alone or under a whole server, and share one
+//! report (`report`).
 //!
 //! Two servers are measured in one run and by turns, A B B A..., so that what else the machine does
 //! in the meantime falls on both.
 
 mod client;
+mod engines;
+mod interrupt;
+mod machine;
+mod memory;
 mod options;
+mod outcome;
 mod pace;
 mod process;
 mod report;
+mod servers;
 mod session;
 mod tally;
 mod watch;
@@ -21,6 +30,7 @@ mod work;
 
 use std::ffi::OsString;
 use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -29,9 +39,13 @@ use clap::Parser;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use client::{CallError, ConnectError, Endpoint};
-use options::{Cli, OptionsError, Plan};
+use engines::EnginesError;
+use options::{Cli, Command, OptionsError, Plan, Program, ReportArgs};
+use outcome::{Column, Outcome, Ratio, Report, UsageOver, table};
 use process::ProcessError;
-use report::{Column, Outcome, Ratio, Report, UsageOver, table};
+use report::json::{self, ReadError};
+use report::{html, model, table as text_table};
+use servers::ServerError;
 use session::{Budget, Session};
 use work::Load;
 
@@ -62,10 +76,34 @@ enum BenchError {
     Output(#[from] io::Error),
     #[error("not one request succeeded")]
     NothingSucceeded,
+    #[error(transparent)]
+    Engines(#[from] EnginesError),
+    #[error(transparent)]
+    Server(#[from] ServerError),
+    #[error(transparent)]
+    Read(#[from] ReadError),
+    #[error("cannot write {}: {source}", path.display())]
+    File { path: PathBuf, source: io::Error },
+    #[error("{0} of the runs failed")]
+    Failed(usize),
+}
+
+impl BenchError {
+    fn exit_code(&self) -> u8 {
+        match self {
+            BenchError::Options(_) => 2,
+            BenchError::Engines(EnginesError::Interrupted)
+            | BenchError::Server(ServerError::Engines(EnginesError::Interrupted)) => 130,
+            BenchError::Engines(error) if error.is_usage() => 2,
+            BenchError::Server(error) if error.is_usage() => 2,
+            _ => 1,
+        }
+    }
 }
 
 /// Runs the benchmark that `args` (what follows `bench`) ask for. Exit code 0: there is a result,
-/// single failed requests included; 1: there is none; 2: the command line is wrong.
+/// single failed requests included; 1: there is none, or an engine or a server has failed; 2: the command line
+/// is wrong; 130: interrupted.
 pub fn run(args: impl Iterator<Item = OsString>) -> ExitCode {
     ExitCode::from(run_to(args, &mut io::stdout(), &mut io::stderr()))
 }
@@ -84,25 +122,93 @@ pub fn run_to(
             return if written.is_ok() && !error.use_stderr() { 0 } else { 2 };
         }
     };
-    match bench(&cli, out) {
+    let done = match &cli.program {
+        Program::One(command) => bench(command, out),
+        Program::Engines(args) => compare(&args.output, out, err, |program, say| {
+            Ok(engines::measure(args, program, say)?)
+        }),
+        Program::Server(args) => compare(&args.output, out, err, |program, say| {
+            Ok(servers::measure(args, program, say)?)
+        }),
+        Program::Report(args) => again(args, out),
+        Program::Worker => return engines::worker::main(),
+    };
+    match done {
         Ok(()) => 0,
         Err(error) => {
             // There is nobody left to tell if this fails too; the exit code still says it.
             let _unwritable = writeln!(err, "error: {error}");
-            if let BenchError::Options(_) = error { 2 } else { 1 }
+            error.exit_code()
         }
     }
 }
 
-fn bench(cli: &Cli, out: &mut dyn Write) -> Result<(), BenchError> {
-    let plan = cli.command.plan()?;
+type Measuring<'a> = &'a mut dyn FnMut(&str);
+
+/// Measures with children that run this program, and writes the report everywhere it is wanted. Runs that failed
+/// are in it.
+fn compare(
+    output: &engines::Output,
+    out: &mut dyn Write,
+    err: &mut dyn Write,
+    measure: impl FnOnce(&Path, Measuring<'_>) -> Result<model::Report, BenchError>,
+) -> Result<(), BenchError> {
+    let program = std::env::current_exe()
+        .map_err(|source| EnginesError::System { what: "find the program itself", source })?;
+    let mut say = |line: &str| {
+        // The run goes on if nobody hears it.
+        let _unwritable = writeln!(err, "{line}");
+    };
+    let report = measure(&program, &mut say)?;
+    let reports = std::slice::from_ref(&report);
+    match &output.json {
+        Some(path) if path.as_os_str() == "-" => json::write(&report, out)?,
+        Some(path) => {
+            let mut text = Vec::new();
+            json::write(&report, &mut text)?;
+            write_file(path, &text)?;
+            out.write_all(text_table::text(&report).as_bytes())?;
+        }
+        None => out.write_all(text_table::text(&report).as_bytes())?,
+    }
+    out.flush()?;
+    if let Some(path) = &output.html {
+        write_file(path, html::page(reports).as_bytes())?;
+    }
+    match report.failures().len() {
+        0 => Ok(()),
+        failed => Err(BenchError::Failed(failed)),
+    }
+}
+
+/// Shows reports that were written before.
+fn again(args: &ReportArgs, out: &mut dyn Write) -> Result<(), BenchError> {
+    let reports =
+        args.files.iter().map(|path| json::read(path)).collect::<Result<Vec<_>, ReadError>>()?;
+    for report in &reports {
+        out.write_all(text_table::text(report).as_bytes())?;
+    }
+    out.flush()?;
+    match &args.html {
+        Some(path) => write_file(path, html::page(&reports).as_bytes()),
+        None => Ok(()),
+    }
+}
+
+fn write_file(path: &Path, bytes: &[u8]) -> Result<(), BenchError> {
+    std::fs::write(path, bytes)
+        .map_err(|source| BenchError::File { path: path.to_path_buf(), source })
+}
+
+fn bench(command: &Command, out: &mut dyn Write) -> Result<(), BenchError> {
+    let plan = command.plan()?;
     let (servers, rounds) = measure(&plan)?;
     let ratio = match &servers[..] {
         [a, b] => Some(Ratio::new(a, b, &rounds)),
         _ => None,
     };
     let idle = servers.iter().any(|outcome| outcome.requests == 0);
-    let report = Report { workload: plan.name, options: &cli.command, servers, ratio };
+    let report = Report { workload: plan.name, options: command, servers, ratio };
     if plan.common.json {
         serde_json::to_writer_pretty(&mut *out, &report).map_err(io::Error::from)?;
         writeln!(out)?;

@@ -1,16 +1,19 @@
 //! The command line, and what it means.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum, value_parser};
 use serde::{Serialize, Serializer};
 
 use super::client::{Credentials, Endpoint};
-use super::session::{Budget, Compact, Shape};
+use super::engines::{EnginesArgs, worker};
+use super::servers::ServerArgs;
+use super::session::{Budget, Compact, During, Shape};
 use super::wire::RangeShape;
 use super::work::{Keys, STAMP, Watching, Work};
 
-/// Measures a server of etcd's v3 API, or two servers side by side.
+/// Measures a server of etcd's v3 API, or two servers side by side; or storage engines.
 ///
 /// Every client sends its next request when it has the reply to the last (closed loop), unless a rate
 /// is given: then requests are due at even intervals and latency counts from the time a request was
@@ -19,7 +22,34 @@ use super::work::{Keys, STAMP, Watching, Work};
 #[command(name = "quorate bench", bin_name = "quorate bench", disable_version_flag = true)]
 pub struct Cli {
     #[command(subcommand)]
-    pub command: Command,
+    pub program: Program,
+}
+
+/// What is measured: one workload of a server that runs, or several over several engines or servers.
+#[derive(Subcommand, Debug, Clone)]
+pub enum Program {
+    #[command(flatten)]
+    One(Command),
+    /// Compare the storage engines on this machine
+    Engines(EnginesArgs),
+    /// Compare this program with each engine, and other servers
+    Server(ServerArgs),
+    /// Show reports of engines and server, written as JSON, together
+    Report(ReportArgs),
+    /// The process that has one engine, for `engines`
+    #[command(name = worker::WORD, hide = true)]
+    Worker,
+}
+
+/// Which reports, and how they are shown.
+#[derive(Args, Debug, Clone)]
+pub struct ReportArgs {
+    /// Files that `engines` or `server` has written with --json
+    #[arg(required = true)]
+    pub files: Vec<PathBuf>,
+    /// Write all as one HTML page
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
 }
 
 #[derive(Subcommand, Serialize, Debug, Clone)]
@@ -135,6 +165,16 @@ pub struct CompactOptions {
     pub compact_index_delta: i64,
 }
 
+/// What an operator does to a server under load.
+#[derive(ValueEnum, Serialize, Debug, Clone, Copy, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+pub enum Disturbance {
+    /// Compact each second, all but the revisions that --compact-index-delta keeps
+    Compaction,
+    /// Defragment each endpoint, again a second later
+    Defragment,
+}
+
 /// How a read is confirmed.
 #[derive(ValueEnum, Serialize, Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Consistency {
@@ -158,6 +198,10 @@ pub struct Put {
     #[command(flatten)]
     #[serde(flatten)]
     pub compact: CompactOptions,
+    /// Do this over and over in one half of each turn, and nothing in the other one; puts of both halves are
+    /// told apart. A defragmentation that has begun is waited for
+    #[arg(long, value_enum, value_delimiter = ',', conflicts_with_all = ["compact_interval", "logins"])]
+    pub during: Vec<Disturbance>,
     /// Logins per second beside the puts, on connections of their own
     #[arg(long, requires = "user", value_parser = rate)]
     pub logins: Option<f64>,
@@ -314,9 +358,18 @@ impl Command {
             Command::Put(put) => {
                 let keys = keys(&put.keys, put.keys.key_space_size)?;
                 let logins = put.logins.filter(|&rate| rate > 0.0);
-                let work = Work::Put { logins: logins.is_some() };
+                let work = match put.during[..] {
+                    [] => Work::Put { logins: logins.is_some() },
+                    _ => Work::PutDuring,
+                };
                 let mut plan = plan("put", &put.common, work, keys, put.values.val_size)?;
                 plan.shape.logins = logins;
+                let has = |what| put.during.contains(&what);
+                plan.shape.during = During {
+                    compaction: has(Disturbance::Compaction)
+                        .then_some(put.compact.compact_index_delta),
+                    defragment: has(Disturbance::Defragment),
+                };
                 plan.compact(&put.compact)
             }
             Command::Range(range) => {
@@ -440,6 +493,7 @@ fn plan(
         compact: None,
         user: common.user.clone(),
         logins: None,
+        during: During::default(),
         dial_timeout: nonzero(common.dial_timeout, "--dial-timeout")?,
         stall_timeout: nonzero(common.stall_timeout, "--stall-timeout")?,
     };
@@ -456,7 +510,7 @@ fn plan(
 }
 
 /// Numbers with units, one after the other: `1m30s`, `1.5s`, `200ms`.
-fn duration(text: &str) -> Result<Duration, String> {
+pub fn duration(text: &str) -> Result<Duration, String> {
     let wrong = || format!("{text:?} is not a duration such as 30s, 1m30s or 200ms");
     let mut rest = text;
     let mut seconds = 0.0;
@@ -505,7 +559,10 @@ mod tests {
 
     fn planned(args: &str) -> Result<Plan, OptionsError> {
         let args = std::iter::once("bench").chain(args.split_whitespace());
-        Cli::try_parse_from(args).unwrap().command.plan()
+        match Cli::try_parse_from(args).unwrap().program {
+            Program::One(command) => command.plan(),
+            other => panic!("no workload: {other:?}"),
+        }
     }
 
     #[test]
@@ -548,5 +605,9 @@ mod tests {
             panic!("not mixed")
         };
         assert_eq!(reads, 0.75);
+        assert_eq!(put.work, Work::Put { logins: false });
+        let during = planned("put --during defragment,compaction --compact-index-delta 5").unwrap();
+        assert_eq!(during.work, Work::PutDuring);
+        assert_eq!(during.shape.during, During { compaction: Some(5), defragment: true });
     }
 }

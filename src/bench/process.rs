@@ -61,6 +61,46 @@ pub fn own_cpu() -> Duration {
         .sum()
 }
 
+/// User and system time of the calling thread.
+pub fn thread_cpu() -> Duration {
+    nix::time::clock_gettime(nix::time::ClockId::CLOCK_THREAD_CPUTIME_ID)
+        .expect("every thread has this clock")
+        .into()
+}
+
+/// Bytes that this process has caused to be written to a disk; `None` where the system does not count them.
+pub fn own_disk_writes() -> Option<u64> {
+    let io = fs::read_to_string("/proc/self/io").ok()?;
+    io.lines().find_map(|line| line.strip_prefix("write_bytes:"))?.trim().parse().ok()
+}
+
+/// What a process holds in memory.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Memory {
+    pub rss_bytes: u64,
+    /// 0 where the system does not tell it.
+    pub pss_bytes: u64,
+    /// Of the resident set, what is no file's.
+    pub anonymous_bytes: u64,
+}
+
+/// The memory of a process.
+///
+/// # Errors
+/// If it does not exist or the system has no /proc.
+pub fn memory(pid: u32) -> Result<Memory, ProcessError> {
+    let path = format!("/proc/{pid}/status");
+    let status = read(&path)?;
+    let field = |name, what| {
+        kib(&status, name).ok_or_else(|| ProcessError::Format { path: path.clone(), what })
+    };
+    let (rss, anonymous) = (field("VmRSS:", "VmRSS")?, field("RssAnon:", "RssAnon")?);
+    // It may be forbidden where the status is not.
+    let rollup = read(&format!("/proc/{pid}/smaps_rollup")).ok();
+    let pss = rollup.and_then(|text| kib(&text, "Pss:")).unwrap_or(0);
+    Ok(Memory { rss_bytes: rss * 1024, pss_bytes: pss * 1024, anonymous_bytes: anonymous * 1024 })
+}
+
 fn read(path: &str) -> Result<String, ProcessError> {
     let bytes =
         fs::read(path).map_err(|source| ProcessError::Read { path: path.into(), source })?;
@@ -107,6 +147,11 @@ mod tests {
         let one = usage(&[std::process::id()]).unwrap();
         assert!(one.rss_bytes > 0 && one.rss_max_bytes >= one.rss_bytes, "{one:?}");
         assert!(own_cpu() > Duration::ZERO);
+        assert!(
+            thread_cpu() > Duration::ZERO && thread_cpu() <= own_cpu() + Duration::from_millis(1)
+        );
+        let held = memory(std::process::id()).unwrap();
+        assert!(held.anonymous_bytes > 0 && held.anonymous_bytes <= held.rss_bytes, "{held:?}");
         // Process numbers end at 2^22.
         let error = usage(&[u32::MAX]).unwrap_err().to_string();
         assert!(error.starts_with("cannot read /proc/4294967295/stat"), "{error}");

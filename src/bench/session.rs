@@ -24,7 +24,7 @@ use super::pace::{Slice, Supply};
 use super::process;
 use super::tally::{Tally, latencies};
 use super::watch::{Delivery, WatchStream};
-use super::work::{Client, Load, Work, WorkError, scratch};
+use super::work::{Client, Done, Load, Work, WorkError, scratch};
 
 /// How often the calling thread looks whether the run gets on.
 const LOOK: Duration = Duration::from_millis(100);
@@ -42,6 +42,8 @@ pub struct Shape {
     pub user: Option<Credentials>,
     /// Logins per second of that user beside the load.
     pub logins: Option<f64>,
+    /// What is done in the second half of each slice of [`Work::PutDuring`].
+    pub during: During,
     pub dial_timeout: Duration,
     /// A slice in which nothing completes for so long has failed.
     pub stall_timeout: Duration,
@@ -53,6 +55,15 @@ pub struct Compact {
     pub interval: Duration,
     /// How many revisions are kept.
     pub keep: i64,
+}
+
+/// What an operator does to a server while the load runs.
+#[derive(Clone, Copy, Default, Debug, PartialEq, Eq)]
+pub struct During {
+    /// Compact over and over, all but so many revisions.
+    pub compaction: Option<i64>,
+    /// Defragment each endpoint over and over.
+    pub defragment: bool,
 }
 
 /// How much one slice does.
@@ -68,6 +79,8 @@ enum Phase {
     /// Write each key of the key space once.
     Populate,
     Measure,
+    /// The same, and what [`Shape::during`] says is done beside it.
+    Disturbed,
 }
 
 /// What a slice has measured.
@@ -224,7 +237,21 @@ impl Session {
         budget: Budget,
         progress: &mut dyn FnMut(u64),
     ) -> Result<SliceResult, BenchError> {
-        self.run(budget, Phase::Measure, progress)
+        if self.load.work != Work::PutDuring {
+            return self.run(budget, Phase::Measure, progress);
+        }
+        let (quiet, disturbed) = match budget {
+            Budget::Requests(count) => {
+                (Budget::Requests(count - count / 2), Budget::Requests(count / 2))
+            }
+            Budget::Time(time) => (Budget::Time(time / 2), Budget::Time(time / 2)),
+        };
+        let mut result = self.run(quiet, Phase::Measure, progress)?;
+        let second = self.run(disturbed, Phase::Disturbed, progress)?;
+        result.tally.merge(&second.tally);
+        result.elapsed += second.elapsed;
+        result.client_cpu += second.client_cpu;
+        Ok(result)
     }
 
     fn run(
@@ -234,7 +261,7 @@ impl Session {
         progress: &mut dyn FnMut(u64),
     ) -> Result<SliceResult, BenchError> {
         // Populating goes as fast as it can: its latencies are not of interest.
-        let rate = self.shape.rate.filter(|_| phase == Phase::Measure);
+        let rate = self.shape.rate.filter(|_| phase != Phase::Populate);
         let completed = self.completed.load(Ordering::Relaxed);
         let cpu = process::own_cpu();
         let start = Instant::now();
@@ -417,6 +444,8 @@ struct Station {
     tally: Rc<RefCell<Tally>>,
     /// What goes on beside the clients while a slice runs: compactions, logins.
     beside: Vec<JoinHandle<()>>,
+    /// For what a disturbed slice is disturbed by; empty on all threads but the first.
+    operators: Vec<Operator>,
     active: Rc<Cell<bool>>,
 }
 
@@ -445,7 +474,7 @@ impl Context {
         while let Some(command) = commands.recv().await {
             match command {
                 Command::Run(slice, phase) => {
-                    station.active.set(phase == Phase::Measure);
+                    station.active.set(phase != Phase::Populate);
                     let ran = self.run(&mut station, slice, phase).await;
                     station.active.set(false);
                     self.report(Report::Ran(ran));
@@ -547,9 +576,24 @@ impl Context {
                 keep_logging_in(connections, frame, rate, active.clone(), tally.clone());
             beside.push(spawn_local(logging_in));
         }
+        let mut operators = Vec::new();
+        if self.thread == 0 {
+            let (during, user) = (self.shape.during, &self.shape.user);
+            let endpoints = self.endpoints.iter().cloned();
+            let connections = endpoints
+                .filter(|_| during != During::default())
+                .map(|endpoint| Connection::open(endpoint, self.shape.dial_timeout, user.clone()));
+            // Connections of their own, so that they wait for no put and no put for them.
+            let connections = try_join_all(connections).await?;
+            if let (Some(keep), Some(connection)) = (during.compaction, connections.first()) {
+                operators.push(Operator::Compacts(connection.clone(), keep));
+            }
+            let all = connections.iter().filter(|_| during.defragment);
+            operators.extend(all.map(|connection| Operator::Defragments(connection.clone())));
+        }
         let version = statuses.into_iter().next().filter(|_| self.thread == 0);
         Ok((
-            Station { clients, tally, beside, active },
+            Station { clients, tally, beside, operators, active },
             Ready { version: version.map(|status| status.version), created },
         ))
     }
@@ -571,6 +615,13 @@ impl Context {
                 spawn_local(turn.run(client))
             })
             .collect();
+        let over = Rc::new(Cell::new(false));
+        let operators = station.operators.iter().filter(|_| phase == Phase::Disturbed);
+        let operating: Vec<_> = operators
+            .map(|operator| {
+                spawn_local(operator.clone().operate(over.clone(), station.tally.clone()))
+            })
+            .collect();
         let fed = supply.feed(clients.len()).await;
         let mut ran = Ran { failure: fed.err().map(BenchError::Runtime), ..Ran::default() };
         for client in clients {
@@ -580,6 +631,11 @@ impl Context {
             ran.failure = ran.failure.or(part.failure);
             ran.events += part.events;
             ran.possible_events += part.possible_events;
+        }
+        // Nothing of it may reach into a slice that is to be quiet.
+        over.set(true);
+        for operator in operating {
+            operator.await.expect("an operator's task is neither aborted nor panics");
         }
         station.tally.borrow_mut().unsent += supply.unsent();
         ran
@@ -601,6 +657,11 @@ impl Turn {
         while let Some(ticket) = self.supply.take().await {
             let result = match self.phase {
                 Phase::Measure => client.step(&ticket).await.map(Some),
+                // The kind after that of a quiet slice.
+                Phase::Disturbed => client
+                    .step(&ticket)
+                    .await
+                    .map(|done| Some(Done { kind: done.kind + 1, ..done })),
                 Phase::Populate => client.populate(ticket.number).await.map(|()| None),
             };
             let now = Instant::now();
@@ -657,7 +718,7 @@ async fn keep_compacting(
         if !active.get() {
             continue;
         }
-        if let Err(error) = compact_once(&mut channel, compact.keep, &mut compacted).await {
+        if let Err(error) = compact_once(&mut channel, compact.keep, false, &mut compacted).await {
             tally.borrow_mut().error(format!("compaction: {error}"), Instant::now());
             if error.connection_lost() && channel.reconnect().await.is_err() {
                 return; // the clients notice it too, and end the run
@@ -669,16 +730,70 @@ async fn keep_compacting(
 async fn compact_once(
     channel: &mut Channel,
     keep: i64,
+    physical: bool,
     compacted: &mut i64,
 ) -> Result<(), CallError> {
     let status: pb::StatusResponse = channel.call(Method::Status, &pb::StatusRequest {}).await?;
     let revision = status.header.map_or(0, |header| header.revision) - keep;
     if revision > *compacted {
-        let request = pb::CompactionRequest { revision, physical: false };
+        let request = pb::CompactionRequest { revision, physical };
         let _: pb::CompactionResponse = channel.call(Method::Compact, &request).await?;
         *compacted = revision;
     }
     Ok(())
+}
+
+/// The kinds of an operator's calls in [`Work::PutDuring`].
+const COMPACTION: usize = 2;
+const DEFRAGMENTATION: usize = 3;
+
+/// Between the end of one of an operator's calls and the next.
+const OPERATOR_PAUSE: Duration = Duration::from_secs(1);
+
+/// Somebody who looks after a server, over and over.
+#[derive(Clone)]
+enum Operator {
+    /// All but so many revisions; waits until what is superseded is gone.
+    Compacts(Rc<Connection>, i64),
+    Defragments(Rc<Connection>),
+}
+
+impl Operator {
+    /// Until `over` is set, and what has begun by then has ended.
+    async fn operate(self, over: Rc<Cell<bool>>, tally: Rc<RefCell<Tally>>) {
+        let (Operator::Compacts(connection, _) | Operator::Defragments(connection)) = &self;
+        let mut channel = connection.channel();
+        let mut compacted = 0;
+        while !over.get() {
+            let start = Instant::now();
+            let (kind, name, result) = match &self {
+                Operator::Compacts(_, keep) => {
+                    let result = compact_once(&mut channel, *keep, true, &mut compacted).await;
+                    (COMPACTION, "compaction", result)
+                }
+                Operator::Defragments(_) => {
+                    let request = pb::DefragmentRequest {};
+                    let result = channel.call(Method::Defragment, &request).await;
+                    let result = result.map(|_: pb::DefragmentResponse| ());
+                    (DEFRAGMENTATION, "defragmentation", result)
+                }
+            };
+            let now = Instant::now();
+            match result {
+                Ok(()) => tally.borrow_mut().record_beside(kind, start, now),
+                Err(error) => {
+                    tally.borrow_mut().error(format!("{name}: {error}"), now);
+                    if error.connection_lost() && channel.reconnect().await.is_err() {
+                        return; // the clients notice it too, and end the run
+                    }
+                }
+            }
+            let resume = now + OPERATOR_PAUSE;
+            while !over.get() && Instant::now() < resume {
+                tokio::time::sleep(OPERATOR_PAUSE / 50).await;
+            }
+        }
+    }
 }
 
 /// Logins that may wait for an answer at one time; more than that are not sent, and counted as errors.

@@ -42,6 +42,13 @@ impl Tally {
         self.last = self.last.max(Some(end));
     }
 
+    /// As [`Tally::record`], for what goes on beside the load: it may end after the load has.
+    pub fn record_beside(&mut self, kind: usize, start: Instant, end: Instant) {
+        let last = self.last;
+        self.record(kind, start, end);
+        self.last = last;
+    }
+
     /// Counts one failure.
     pub fn error(&mut self, text: String, end: Instant) {
         let full = self.errors.len() >= ERROR_TEXTS_MAX && !self.errors.contains_key(&text);

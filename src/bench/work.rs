@@ -95,6 +95,9 @@ pub enum Work {
         /// Others log in meanwhile: see [`Shape::logins`](super::session::Shape::logins).
         logins: bool,
     },
+    /// Puts, in one half of each slice with nothing beside them, in the other one disturbed: see
+    /// [`Shape::during`](super::session::Shape::during).
+    PutDuring,
     /// One key or range, or, without `key`, keys of the key space.
     Range {
         key: Option<Vec<u8>>,
@@ -138,6 +141,7 @@ impl Work {
         match self {
             Work::Put { logins: false } => &["put"],
             Work::Put { logins: true } => &["put", "login"],
+            Work::PutDuring => &["put", "disturbed put", "compaction", "defragmentation"],
             Work::Range { .. } => &["range"],
             Work::TxnPut { .. } => &["txn"],
             Work::Mixed { .. } => &["read", "write"],
@@ -150,6 +154,7 @@ impl Work {
     pub fn request_kinds(&self) -> usize {
         match self {
             Work::Watched(_) | Work::Put { .. } => 1,
+            Work::PutDuring => 2,
             _ => self.kinds().len(),
         }
     }
@@ -158,6 +163,7 @@ impl Work {
     pub fn main_kind(&self) -> usize {
         match self {
             Work::Put { .. } => 0,
+            Work::PutDuring => 1,
             _ => self.kinds().len() - 1,
         }
     }
@@ -187,6 +193,11 @@ impl Load {
     fn value(&self, random: &mut Random) -> &[u8] {
         let at = random.below(POOL_EXTRA as u64) as usize;
         &self.pool[at..at + self.value_size]
+    }
+
+    /// All values that can be written.
+    pub fn values(&self) -> impl Iterator<Item = &[u8]> {
+        (0..POOL_EXTRA).map(|at| &self.pool[at..at + self.value_size])
     }
 
     /// The time in a watched value of this run; None for a value written by somebody else.
@@ -315,7 +326,7 @@ impl Client {
         self.events = 0;
         let load = self.load.clone();
         let kind = match &load.work {
-            Work::Put { .. } => {
+            Work::Put { .. } | Work::PutDuring => {
                 self.put(ticket.number).await?;
                 0
             }

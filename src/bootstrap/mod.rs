@@ -5,6 +5,7 @@
 //! What the plan leads to is a [`Birth`]: identities and the first entries of the log. Only the
 //! functions named for it ask other members or write files; the rest is decided from values.
 
+pub mod adopt;
 pub mod force;
 pub mod found;
 pub mod join;

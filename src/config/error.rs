@@ -157,7 +157,7 @@ pub enum ConfigError {
     NoUrls { flag: &'static str },
     #[error("unknown engine {name:?} (supported are {})", engines::names())]
     Engine { name: String },
-    #[error("engine-options: {0}")]
+    #[error("quorate: engine-options: {0}")]
     EngineOption(#[from] engine_api::OptionError),
     #[error("not supported yet: {0}")]
     Unsupported(String),

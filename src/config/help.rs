@@ -11,6 +11,8 @@ Usage:
   quorate [serve] [flags]         serve a member of a cluster
   quorate --config-file <path>    the same, with all settings from a file
   quorate local-cluster [flags]   a cluster on this machine, to try it out
+  quorate engines                 list the storage engines and their settings
+  quorate utl engine convert      move a data directory to another engine
   quorate --version               print versions
   quorate --help                  print all flags
 ";

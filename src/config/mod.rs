@@ -26,6 +26,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::core::quota::Quota;
 use crate::engines::{self, BuiltIn};
 
 pub use error::{ConfigError, Telling};
@@ -173,8 +174,12 @@ pub struct Storage {
     pub engine: &'static BuiltIn,
     /// Options for the engine alone, by name; judged by the engine.
     pub engine_options: BTreeMap<String, String>,
-    /// Backend bytes that raise the NOSPACE alarm; `None`: no limit.
+    /// Live bytes of the backend that raise the NOSPACE alarm; `None`: no limit.
     pub quota_bytes: Option<u64>,
+    /// Physical bytes that do.
+    pub quota_physical: PhysicalQuota,
+    /// A member lifts its own NOSPACE alarm when its space is back.
+    pub auto_disarm_nospace: bool,
     /// The longest a batch waits for its commit; > 0.
     pub batch_interval: Duration,
     /// The most operations in a batch; > 0.
@@ -187,6 +192,31 @@ pub struct Storage {
     pub bootstrap_defrag_threshold_mib: u64,
     /// Never sync WAL or engine. A crash loses acknowledged writes.
     pub unsafe_no_fsync: bool,
+}
+
+/// The bound on what the backend takes from the disk.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PhysicalQuota {
+    /// What goes with the bound on live bytes: none without that, nor for an engine that cannot give
+    /// space back, as nobody could make it keep the bound again.
+    Derived,
+    Bytes(u64),
+    Off,
+}
+
+impl Storage {
+    /// Both bounds, for the engine that is configured.
+    pub fn quota(&self) -> Quota {
+        let gives_back = self.engine.about.reclaim != engine_api::Reclaim::Never;
+        let physical = match self.quota_physical {
+            PhysicalQuota::Bytes(bytes) => Some(bytes),
+            PhysicalQuota::Off => None,
+            PhysicalQuota::Derived => {
+                self.quota_bytes.filter(|_| gives_back).map(Quota::physical_default)
+            }
+        };
+        Quota { live: self.quota_bytes, physical }
+    }
 }
 
 /// The cluster and this member's place in it.
@@ -354,6 +384,7 @@ pub(crate) struct Given {
     pub auth_token: String,
     pub bcrypt_cost: u64,
     pub quota_bytes: i64,
+    pub quota_physical_bytes: i64,
     pub batch_limit: i64,
     pub compaction_batch_limit: i64,
     pub metrics: String,
@@ -421,6 +452,8 @@ impl Default for Config {
                 engine: engines::DEFAULT,
                 engine_options: BTreeMap::new(),
                 quota_bytes: Some(DEFAULT_QUOTA_BYTES),
+                quota_physical: PhysicalQuota::Derived,
+                auto_disarm_nospace: true,
                 batch_interval: Duration::from_millis(100),
                 batch_limit: 10_000,
                 freelist_type: "map".to_owned(),
@@ -510,6 +543,7 @@ impl Default for Config {
                 auth_token: "simple".to_owned(),
                 bcrypt_cost: 10,
                 quota_bytes: DEFAULT_QUOTA_BYTES as i64,
+                quota_physical_bytes: 0,
                 batch_limit: 10_000,
                 compaction_batch_limit: 1000,
                 metrics: "basic".to_owned(),

@@ -305,7 +305,11 @@ fn parse_int(text: &str) -> Result<i64, String> {
     }
 }
 
-fn parse_options(text: &str) -> Result<BTreeMap<String, String>, String> {
+/// Reads `name=value,...`.
+///
+/// # Errors
+/// What is wrong with the text.
+pub fn parse_options(text: &str) -> Result<BTreeMap<String, String>, String> {
     let mut options = BTreeMap::new();
     for item in text.split(',').filter(|item| !item.is_empty()) {
         let (name, value) = item

@@ -19,7 +19,9 @@ use super::types::{
 use super::url::{self, Scheme, Url, UrlError};
 use crate::engines;
 
-use super::{Config, DEFAULT_CLIENT_URL, DEFAULT_NAME, DEFAULT_PEER_URL, DEFAULT_QUOTA_BYTES};
+use super::{
+    Config, DEFAULT_CLIENT_URL, DEFAULT_NAME, DEFAULT_PEER_URL, DEFAULT_QUOTA_BYTES, PhysicalQuota,
+};
 
 const MAX_ELECTION_MS: u64 = 50_000;
 const RECOMMENDED_REQUEST_BYTES: u64 = 10 * 1024 * 1024;
@@ -363,6 +365,11 @@ fn defaults_for_zero(config: &mut Config, notices: &mut Vec<Notice>) -> Result<(
         ..0 => None,
         0 => Some(DEFAULT_QUOTA_BYTES),
         bytes => Some(bytes.unsigned_abs()),
+    };
+    config.storage.quota_physical = match config.given.quota_physical_bytes {
+        ..0 => PhysicalQuota::Off,
+        0 => PhysicalQuota::Derived,
+        bytes => PhysicalQuota::Bytes(bytes.unsigned_abs()),
     };
     if let Some(bytes) = config.storage.quota_bytes
         && bytes > RECOMMENDED_QUOTA_BYTES

@@ -28,13 +28,13 @@ use super::mvcc::compact::{SCHEDULED, Scheduled};
 use super::mvcc::keyspace::revision_key;
 use super::mvcc::txn::{Txn, TxnError};
 use super::mvcc::{ReadError, Store, Values};
-use super::quota::{self, Quota};
+use super::quota::{self, Limit, Quota, Sizes};
 use super::types::{Index, LeaseId, MemberId, Revision, Term};
 
 /// Meta keys (formats-and-peers 3.2).
 pub const CONSISTENT_INDEX: &[u8] = b"consistent_index";
 pub const TERM: &[u8] = b"term";
-const CONF_STATE: &[u8] = b"confState";
+pub const CONF_STATE: &[u8] = b"confState";
 /// Written by a member for itself once the cluster runs 3.6 or later.
 pub const STORAGE_VERSION: &[u8] = b"storageVersion";
 /// Key of the `cluster` bucket.
@@ -167,8 +167,8 @@ pub struct Outcome {
     /// The request's ID; 0 where the entry carries none.
     pub id: u64,
     pub result: Result<Reply, ApplyError>,
-    /// Executed, but the quota is exceeded: the caller is told so and an alarm is to be raised.
-    pub over_quota: bool,
+    /// Executed, but beyond this limit of the quota: the caller is told so and an alarm is to be raised.
+    pub over_quota: Option<Limit>,
     pub kind: Kind,
 }
 
@@ -403,8 +403,8 @@ impl Machine {
     /// Applies the next entry; `None` if the engine holds it already.
     ///
     /// `values` completes the machine's own state, so it is opened after the last commit was told.
-    /// `answered` tells whether a caller on this member waits for a request; `size` is the engine's
-    /// size in bytes, which only decides what that caller is told.
+    /// `answered` tells whether a caller on this member waits for a request; `sizes` are the engine's,
+    /// which only decide what that caller is told.
     ///
     /// # Errors
     /// The member must stop.
@@ -414,7 +414,7 @@ impl Machine {
         entry: &raftpb::Entry,
         answered: impl Fn(u64) -> bool,
         quota: Quota,
-        size: impl Fn() -> u64,
+        sizes: impl Fn() -> Sizes,
         effects: &mut Effects,
     ) -> Result<Option<Outcome>, Fatal> {
         let index = Index(entry.index);
@@ -426,7 +426,7 @@ impl Machine {
         }
         let outcome = if entry.r#type == raftpb::EntryType::EntryNormal as i32 {
             if entry.data.is_empty() {
-                Outcome { id: 0, result: Ok(Reply::Done), over_quota: false, kind: Kind::Empty }
+                Outcome { id: 0, result: Ok(Reply::Done), over_quota: None, kind: Kind::Empty }
             } else {
                 let command = Command::decode(entry.data.clone())
                     .map_err(|source| Fatal::Entry { index, source })?;
@@ -434,8 +434,9 @@ impl Machine {
                 let kind = Kind::Request(command.request.name());
                 let cost = quota::cost(&command.request);
                 let result = self.request(values, index, command, answered(id), effects)?;
-                let over_quota =
-                    cost > 0 && result.is_ok() && answered(id) && quota.exceeded(size(), cost);
+                let over_quota = (cost > 0 && result.is_ok() && answered(id))
+                    .then(|| quota.exceeded(sizes(), cost))
+                    .flatten();
                 Outcome { id, result, over_quota, kind }
             }
         } else {
@@ -470,11 +471,11 @@ impl Machine {
                     }
                 }
                 let kind = Kind::ConfChange(Some(change));
-                Outcome { id, result: Ok(Reply::Done), over_quota: false, kind }
+                Outcome { id, result: Ok(Reply::Done), over_quota: None, kind }
             }
             Err(error) => {
                 let kind = Kind::ConfChange(None);
-                Outcome { id, result: Err(error.into()), over_quota: false, kind }
+                Outcome { id, result: Err(error.into()), over_quota: None, kind }
             }
         })
     }

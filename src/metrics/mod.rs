@@ -135,7 +135,9 @@ catalogue! {
     slow_apply: Counter = "etcd_server_slow_apply_total", [], NONE,
         "Entries whose application took longer than warning-apply-duration.";
     quota_backend_bytes: Gauge = "etcd_server_quota_backend_bytes", [], NONE,
-        "Bytes that the store may occupy before it takes no more writes.";
+        "Live bytes that the store may hold before it takes no more writes.";
+    quota_physical_bytes: Gauge = "quorate_quota_physical_bytes", [], NONE,
+        "Bytes that the store may take from the disk before it takes no more writes.";
     client_requests: CounterVec = "etcd_server_client_requests_total",
         ["type", "client_api_version"], NONE,
         "Calls by kind (unary, stream) and by the API version that the client names.";

@@ -8,6 +8,9 @@
 //!                                                                 no engine-redb, else removed
 //! ```
 //!
+//! Of an engine that shares its directory with others, only its file changes places: the new one is renamed
+//! over the old one.
+//!
 //! A crash at any point leaves the old engine or the new one. If it is the old one, the log says that it
 //! is behind, and the database received is still there: the start installs it again.
 
@@ -19,6 +22,7 @@ use engine_api::{Batch, Durability, Engine, EngineError, Table};
 use quorate_proto::{raftpb, walpb};
 
 use super::FileError;
+use super::home::Home;
 use super::snap_dir::{SnapDir, SnapError};
 use crate::actors::disk::{Open, SharedDisk};
 use crate::core::apply::{CONSISTENT_INDEX, STORAGE_VERSION, Stored, TERM};
@@ -76,33 +80,26 @@ pub struct Installer {
     disk: SharedDisk,
     snaps: SnapDir,
     /// The engine's files; `None` for an engine that has none.
-    dir: Option<PathBuf>,
+    home: Option<Home>,
     open: OpenEngine,
     server: Version,
 }
 
-/// The place beside `dir` for what is on its way in or out.
-fn beside(dir: &Path, what: &str) -> PathBuf {
-    let mut name = dir.as_os_str().to_owned();
-    name.push(what);
-    PathBuf::from(name)
-}
-
 impl Installer {
-    /// An installer for the engine in `dir` that `open` opens.
+    /// An installer for the engine at `home` that `open` opens.
     pub fn new(
         disk: SharedDisk,
         snaps: SnapDir,
-        dir: Option<PathBuf>,
+        home: Option<Home>,
         open: OpenEngine,
         server: Version,
     ) -> Self {
-        Installer { disk, snaps, dir, open, server }
+        Installer { disk, snaps, home, open, server }
     }
 
     /// Whether what is installed outlives the process.
     pub fn is_persistent(&self) -> bool {
-        self.dir.is_some()
+        self.home.is_some()
     }
 
     /// Opens the engine as it is. What an interrupted installation has left must have been cleaned.
@@ -110,7 +107,8 @@ impl Installer {
     /// # Errors
     /// `Engine`.
     pub fn open(&self) -> Result<Arc<dyn Engine>, InstallError> {
-        Ok((self.open)(self.dir.as_deref().unwrap_or(Path::new("")))?)
+        let dir = self.home.as_ref().map_or(Path::new(""), |home| &home.dir);
+        Ok((self.open)(dir)?)
     }
 
     /// Undoes an installation that a crash has interrupted; nobody has the engine open.
@@ -118,27 +116,26 @@ impl Installer {
     /// # Errors
     /// `Io`.
     pub fn clean(&self) -> Result<(), InstallError> {
-        let Some(dir) = &self.dir else { return Ok(()) };
-        let old = beside(dir, ".replaced");
-        if self.exists(&old)? && !self.exists(dir)? {
-            self.rename(&old, dir)?;
-            self.sync_parent(dir)?;
+        let Some(home) = &self.home else { return Ok(()) };
+        let old = home.replaced();
+        if home.file.is_none() && self.exists(&old)? && !self.exists(&home.dir)? {
+            self.rename(&old, &home.dir)?;
+            self.sync_parent(&home.dir)?;
         }
-        self.clear(dir)
+        self.clear(home)
     }
 
     /// Removes what stands beside the engine.
-    fn clear(&self, dir: &Path) -> Result<(), InstallError> {
+    fn clear(&self, home: &Home) -> Result<(), InstallError> {
         let mut removed = false;
-        for what in [".replaced", ".installing"] {
-            let path = beside(dir, what);
+        for path in [home.replaced(), home.installing()] {
             if self.exists(&path)? {
                 self.disk.remove_dir_all(&path).map_err(FileError::at("remove", &path))?;
                 removed = true;
             }
         }
         if removed {
-            self.sync_parent(dir)?;
+            self.sync_parent(&home.dir)?;
         }
         Ok(())
     }
@@ -190,24 +187,30 @@ impl Installer {
             let path = self.snaps.dir().join(crate::core::snap::db_name(index));
             return Err(SnapError::NoDb { path, index }.into());
         };
-        let Some(dir) = &self.dir else {
+        let Some(home) = &self.home else {
             let engine = self.open()?;
             self.fill(&*engine, &path, &metadata, &snapshot.data)?;
             return Ok(engine);
         };
-        let (aside, old) = (beside(dir, ".installing"), beside(dir, ".replaced"));
-        self.clear(dir)?;
+        let aside = home.installing();
+        self.clear(home)?;
         let engine = (self.open)(&aside)?;
         self.fill(&*engine, &path, &metadata, &snapshot.data)?;
         // An engine knows its files by their names, which change now.
         drop(engine);
-        if self.exists(dir)? {
-            self.rename(dir, &old)?;
+        if let Some(file) = home.file {
+            // Its readers go on in the old file, which has no name any more.
+            self.rename(&aside.join(file), &home.path())?;
+            self.sync(&home.dir)?;
+        } else {
+            if self.exists(&home.dir)? {
+                self.rename(&home.dir, &home.replaced())?;
+            }
+            self.rename(&aside, &home.dir)?;
+            self.sync_parent(&home.dir)?;
         }
-        self.rename(&aside, dir)?;
-        self.sync_parent(dir)?;
         let engine = self.open()?;
-        self.clear(dir)?;
+        self.clear(home)?;
         Ok(engine)
     }
 
@@ -298,8 +301,11 @@ impl Installer {
     }
 
     fn sync_parent(&self, dir: &Path) -> Result<(), InstallError> {
-        let parent = dir.parent().expect("the engine is in the member's directory");
-        Ok(self.disk.sync_dir(parent).map_err(FileError::at("sync", parent))?)
+        self.sync(dir.parent().expect("the engine is in the member's directory"))
+    }
+
+    fn sync(&self, dir: &Path) -> Result<(), InstallError> {
+        Ok(self.disk.sync_dir(dir).map_err(FileError::at("sync", dir))?)
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use crate::actors::disk::{Disk, LockKind, Open};
 
+pub mod home;
 pub mod install;
 pub mod lock;
 pub mod snap_dir;

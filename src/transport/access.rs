@@ -236,7 +236,7 @@ mod tests {
     use crate::core::membership::{Membership, Version};
     use crate::core::types::{ClusterId, Index, MemberId};
     use crate::transport::identity::ClientCert;
-    use crate::transport::member::tests::{Silent, silent_over};
+    use crate::transport::member::tests::{Silent, asked_reads, silent_over};
 
     const TIMEOUT: Duration = Duration::from_millis(30);
     const SECRET_LEASE: i64 = 7;
@@ -276,7 +276,11 @@ mod tests {
     }
 
     fn silent(enabled: bool) -> Silent {
-        let silent = silent_over(&machine(enabled), TIMEOUT);
+        silent_within(enabled, TIMEOUT)
+    }
+
+    fn silent_within(enabled: bool, request_timeout: Duration) -> Silent {
+        let silent = silent_over(&machine(enabled), request_timeout);
         for (username, index) in [("root", 1), ("alice", 2)] {
             let (username, token) = (username.to_string(), token(username, index));
             silent.member.tokens.changed(&TokenChange::Assigned { username, token });
@@ -473,34 +477,44 @@ mod tests {
     }
 
     #[test]
-    fn a_token_of_a_login_that_is_not_applied_here_is_waited_for() {
+    fn a_token_of_a_login_that_is_not_applied_here_is_looked_for_once_this_member_is_up_to_date() {
         actix::System::new().block_on(async {
-            let silent = silent(true);
+            let silent = silent_within(true, Duration::from_secs(60));
             let member = silent.member.clone();
-            let late = token("carol", 9);
-            let waiting = actix::spawn({
-                let (member, late) = (member.clone(), late.clone());
-                async move {
-                    // Longer than the wait below can take.
-                    let shown = shows(&[("token", &late)]);
+            let ask = |token: String| {
+                let member = member.clone();
+                actix::spawn(async move {
+                    let shown = shows(&[("token", &token)]);
                     member.who(Credentials::of(&shown, &Extensions::default())).await
+                })
+            };
+            let up_to_date = async || loop {
+                tokio::task::yield_now().await;
+                if let Some(reply) = asked_reads().pop() {
+                    break reply;
                 }
-            });
-            tokio::task::yield_now().await;
+            };
+            let late = token("carol", 9);
+            let waiting = ask(late.clone());
+            let reply = up_to_date().await;
             assert!(!waiting.is_finished());
             let username = "alice".to_string();
             member.tokens.changed(&TokenChange::Assigned { username, token: late });
             let applied = Published { applied: Index(9), ..Published::clone(&member.now()) };
             member.shared.published.store(Arc::new(applied));
-            member.tokens.applied();
+            reply.send(Ok(())).unwrap();
             let who = waiting.await.unwrap().unwrap();
             assert_eq!(who.at(&member.now().auth).username, "alice");
-            // One that is not there although its entry is applied, and one that never comes.
-            for index in [9, 10] {
-                let shown = shows(&[("token", &token("dave", index))]);
-                let told = member.who(Credentials::of(&shown, &Extensions::default())).await;
-                assert!(text(told).ends_with(BAD));
-            }
+            // One that is not there although its entry is applied: nothing is asked.
+            assert!(text(ask(token("dave", 9)).await.unwrap()).ends_with(BAD));
+            // One of an entry that is nowhere, however far, ends with the answer, not with its entry.
+            let waiting = ask(token("dave", u64::MAX));
+            up_to_date().await.send(Ok(())).unwrap();
+            assert!(text(waiting.await.unwrap()).ends_with(BAD));
+            // Nor does it end well where nobody answers.
+            let waiting = ask(token("dave", 10));
+            drop(up_to_date().await);
+            assert!(text(waiting.await.unwrap()).ends_with(BAD));
         });
     }
 

@@ -14,7 +14,7 @@ use bytes::Bytes;
 use tokio::sync::{oneshot, watch};
 use tonic::Status;
 
-use crate::actors::applier::Applier;
+use crate::actors::applier::{Applier, Checkpoint};
 use crate::actors::compactor::Compactor;
 use crate::actors::exit::Exit;
 use crate::actors::lease::{LeaseManager, Renewals, Renewed};
@@ -385,6 +385,16 @@ impl Member {
                 || (self.read_index().await.is_ok() && leading()))
     }
 
+    /// Waits until everything applied so far is in the engine, on disk.
+    ///
+    /// # Errors
+    /// `Stopped`.
+    pub async fn checkpoint(&self) -> Result<(), RequestError> {
+        let (reply, done) = oneshot::channel();
+        self.applier.do_send(Checkpoint(reply));
+        done.await.map(|_| ()).map_err(|_| RequestError::Stopped)
+    }
+
     /// As [`Member::propose`], but a request that no longer fits the quota raises the alarm and is
     /// refused before it is checked any further (v3-api 3.5).
     ///
@@ -392,18 +402,13 @@ impl Member {
     /// Any [`RequestError`].
     pub async fn check_quota(self: &Arc<Self>, request: &Request) -> Result<(), RequestError> {
         let cost = quota::cost(request);
-        let size = self.shared.published.load().engine.size().unwrap_or(0);
-        if !self.limits.quota.exceeded(size, cost) {
+        let Some(limit) = self.limits.quota.exceeded(self.shared.sizes(), cost) else {
             return Ok(());
-        }
+        };
         let raised =
             self.shared.published.load().alarms.has(self.shared.member_id, pb::AlarmType::Nospace);
         if !raised {
-            let alarm = Request::Alarm(pb::AlarmRequest {
-                action: pb::alarm_request::AlarmAction::Activate as i32,
-                member_id: self.shared.member_id.0,
-                alarm: pb::AlarmType::Nospace as i32,
-            });
+            let alarm = self.shared.raise_nospace(limit);
             // Whether or not the alarm went through, there is no room for this request.
             if let Err(error) = self.propose_own(alarm).await {
                 tracing::warn!(%error, "failed to raise alarm");
@@ -564,7 +569,7 @@ pub(crate) mod tests {
             limits: Limits {
                 request_bytes_max: 1000,
                 txn_ops_max: 128,
-                quota: Quota(None),
+                quota: Quota::OFF,
                 quota_reported: -1,
                 request_timeout,
                 election: Duration::from_millis(50),
@@ -582,6 +587,11 @@ pub(crate) mod tests {
             proposed_bytes: AtomicUsize::new(0),
         });
         Silent { member, raft, leases, _seats: seats }
+    }
+
+    /// The reads that this thread is about to ask raft for, taken away.
+    pub fn asked_reads() -> Vec<oneshot::Sender<Result<(), RequestError>>> {
+        TURN.with_borrow_mut(|turn| std::mem::take(&mut turn.requests.reads))
     }
 
     fn put(bytes: usize) -> Request {

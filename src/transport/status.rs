@@ -115,6 +115,13 @@ pub fn not_supported_yet(what: &str) -> Status {
     Status::unimplemented(format!("not supported yet: {what}"))
 }
 
+/// The engine promises no more than to use free space again.
+pub fn cannot_defragment(engine: &str) -> Status {
+    Status::unimplemented(format!(
+        "etcdserver: engine {engine} cannot give free space back to the file system, it is used again"
+    ))
+}
+
 /// A failure of this member that the client cannot mend. The member is stopping over it.
 fn internal(error: &dyn std::fmt::Display) -> Status {
     Status::unknown(error.to_string())

@@ -22,6 +22,8 @@ mod jwt;
 mod login;
 #[path = "../pki/mod.rs"]
 mod pki;
+#[path = "../ports/mod.rs"]
+mod ports;
 #[path = "../cluster/rig/mod.rs"]
 mod rig;
 // The wire tests use more of it.

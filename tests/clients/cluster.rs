@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use tempfile::TempDir;
 
+use crate::ports::free_port;
 use crate::rig::PATIENCE;
-use crate::rig::process::{Process, Program, free_port};
+use crate::rig::process::{Process, Program};
 
 /// A running cluster; it ends with this value.
 pub struct Cluster {

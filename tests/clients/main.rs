@@ -13,6 +13,8 @@ mod cluster;
 mod environment;
 mod junit;
 mod node;
+#[path = "../ports/mod.rs"]
+mod ports;
 mod python;
 #[path = "../cluster/rig/mod.rs"]
 mod rig;

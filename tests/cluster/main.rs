@@ -13,11 +13,14 @@ mod links;
 mod lock;
 mod members;
 mod mixed;
+#[path = "../ports/mod.rs"]
+mod ports;
 #[path = "../linearizability/record.rs"]
 mod record;
 mod refuse;
 mod rig;
 mod scenario;
 mod snapshot;
+mod space;
 #[path = "../tmpfs/mod.rs"]
 mod tmpfs;

@@ -10,7 +10,12 @@ use crate::rig::wait_for;
 use crate::scenario::under_load_of;
 
 /// Adds a member and starts it; it serves when it is a voter.
-async fn add(cluster: &mut Cluster, recorder: &mut Recorder, to: &[Node], learner: bool) -> Node {
+pub async fn add(
+    cluster: &mut Cluster,
+    recorder: &mut Recorder,
+    to: &[Node],
+    learner: bool,
+) -> Node {
     let node = cluster.place_joining(to);
     let url = cluster.members[node].peer_url.clone();
     cluster
@@ -37,7 +42,7 @@ async fn add_once(client: &Client, url: &str, learner: bool) -> Result<(), tonic
     client.member_add(url, learner).await.map(|_| ())
 }
 
-async fn promote(cluster: &mut Cluster, recorder: &mut Recorder, node: Node) {
+pub async fn promote(cluster: &mut Cluster, recorder: &mut Recorder, node: Node) {
     let id = id_of(cluster, node).await;
     // Refused until it has caught up.
     cluster
@@ -64,7 +69,7 @@ async fn id_of(cluster: &Cluster, node: Node) -> u64 {
 }
 
 /// Removes a member by way of the others.
-async fn remove(cluster: &Cluster, node: Node) {
+pub async fn remove(cluster: &Cluster, node: Node) {
     let id = id_of(cluster, node).await;
     let others: Vec<Node> = cluster.running().into_iter().filter(|other| *other != node).collect();
     let turn = std::cell::Cell::new(0);

@@ -10,7 +10,8 @@ use engine_api::{Batch, Durability, Engine, Table};
 use quorate::core::apply::STORAGE_VERSION;
 use quorate::core::auth::ENABLED;
 
-use crate::process::{Random, Setup, copy_dir, files, free_port, runtime, wait_for};
+use crate::ports::free_address;
+use crate::process::{Random, Setup, copy_dir, files, runtime, wait_for};
 
 const SEGMENT: &str = "0000000000000000-0000000000000000.wal";
 
@@ -275,7 +276,7 @@ fn etcdctl(endpoint: &str, args: &[&str]) -> std::process::Output {
 fn the_directory_of_an_etcd_is_left_to_it() {
     let setup = Setup::new(&[]);
     let start_etcd = || {
-        let (client, peer) = (free_port(), free_port());
+        let (client, peer) = (free_address(), free_address());
         let child = Command::new("etcd")
             .env_clear()
             .arg(format!("--data-dir={}", setup.data.display()))

@@ -12,7 +12,8 @@ const NO_SPACE: &str = "etcdserver: mvcc: database space exceeded";
 
 #[test]
 fn at_the_quota_writes_stop_until_space_is_made_and_the_alarm_lifted() {
-    let setup = Setup::new(&["--quota-backend-bytes=16777216"]);
+    let flags = ["--quota-backend-bytes=16777216", "--auto-disarm-nospace=false"];
+    let setup = Setup::new(&flags);
     let daemon = setup.start();
     let filled = runtime().block_on(async {
         let client = daemon.client();

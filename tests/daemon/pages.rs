@@ -5,7 +5,8 @@ use std::collections::BTreeSet;
 use quorate_proto::etcdserverpb as pb;
 
 use crate::page::{FAMILIES, Prometheus, parse};
-use crate::process::{Daemon, Http, Setup, free_port, http, runtime, wait_for};
+use crate::ports::free_address;
+use crate::process::{Daemon, Http, Setup, http, runtime, wait_for};
 
 fn raise(daemon: &Daemon, kind: pb::AlarmType, action: pb::alarm_request::AlarmAction) {
     runtime().block_on(async {
@@ -159,7 +160,7 @@ fn browsers_and_hosts_are_let_in_as_configured() {
 
 #[test]
 fn http_and_grpc_can_have_ports_of_their_own() {
-    let (web, metrics) = (free_port(), free_port());
+    let (web, metrics) = (free_address(), free_address());
     let setup = Setup::new(&[
         &format!("--listen-client-http-urls=http://{web}"),
         &format!("--listen-metrics-urls=http://{metrics}"),

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -20,6 +20,8 @@ use quorate_proto::etcdserverpb::watch_client::WatchClient;
 use serde_json::Value;
 use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
+
+use crate::ports::free_address;
 
 /// How long anything may take before a test gives up: far more than it takes on a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -39,11 +41,6 @@ pub fn wait_for<T>(what: &str, mut ask: impl FnMut() -> Result<T, String>) -> T 
         }
         std::thread::sleep(Duration::from_millis(10));
     }
-}
-
-/// A free port of the loopback device.
-pub fn free_port() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
 }
 
 /// A runtime for a test's clients.
@@ -71,8 +68,8 @@ impl Setup {
         Setup {
             data: temp.path().join("data"),
             temp,
-            client: free_port(),
-            peer: free_port(),
+            client: free_address(),
+            peer: free_address(),
             listen: None,
             args: args.iter().map(ToString::to_string).collect(),
             env: BTreeMap::new(),

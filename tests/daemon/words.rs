@@ -71,7 +71,7 @@ fn what_is_wrong_on_the_command_line_is_told_by_text_and_exit_code() {
 
 #[test]
 fn a_start_says_what_tools_wait_for() {
-    let metrics = crate::process::free_port();
+    let metrics = crate::ports::free_address();
     let argument = format!("--listen-metrics-urls=http://{metrics}");
     let setup = Setup::new(&[&argument]);
     let mut daemon = setup.start();

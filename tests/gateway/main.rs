@@ -7,6 +7,8 @@
 mod auth;
 mod http;
 mod limits;
+#[path = "../ports/mod.rs"]
+mod ports;
 mod rules;
 #[path = "../wire/server.rs"]
 #[allow(dead_code)]

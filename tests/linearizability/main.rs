@@ -7,6 +7,8 @@
 
 mod check;
 mod nemesis;
+#[path = "../ports/mod.rs"]
+mod ports;
 mod record;
 #[path = "../cluster/rig/mod.rs"]
 mod rig;

@@ -4,6 +4,8 @@
 mod auth;
 mod member;
 mod model;
+#[path = "../ports/mod.rs"]
+mod ports;
 mod readers;
 mod restore;
 mod rig;

@@ -1,11 +1,11 @@
 //! One real member, asked over gRPC: compactions that callers wait for, streams of ranges, and hashes
 //! over a kill.
 
-use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use crate::ports::free_address;
 use quorate_proto::etcdserverpb as pb;
 use quorate_proto::etcdserverpb::kv_client::KvClient;
 use quorate_proto::etcdserverpb::maintenance_client::MaintenanceClient;
@@ -30,8 +30,8 @@ impl Drop for Server {
 
 impl Server {
     async fn start(dir: &Path) -> Server {
-        let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let (client, peer) = (format!("http://{}", free()), format!("http://{}", free()));
+        let (client, peer) =
+            (format!("http://{}", free_address()), format!("http://{}", free_address()));
         let log = std::fs::File::create(dir.join("log")).unwrap();
         let process = Command::new(env!("CARGO_BIN_EXE_quorate"))
             .args(["--data-dir", dir.join("data").to_str().unwrap()])

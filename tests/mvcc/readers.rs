@@ -15,7 +15,7 @@ use quorate::core::event::{History, HistoryError};
 use quorate::core::mvcc::compact::Compaction;
 use quorate::core::mvcc::history::event;
 use quorate::core::mvcc::{ReadError, Values};
-use quorate::core::quota::Quota;
+use quorate::core::quota::{Quota, Sizes};
 use quorate::core::types::{ClusterId, MemberId, Revision};
 use quorate_proto::KeyValueBytes;
 use quorate_proto::etcdserverpb as pb;
@@ -96,8 +96,10 @@ fn write(shared: &Shared, requests: &[Request], rng: &mut Rng) {
             for request in group.into_iter().chain(&compact) {
                 index += 1;
                 let entry = entry(index, request.clone());
-                let quota = Quota(None);
-                machine.apply(&values, &entry, |_| true, quota, || 0, &mut effects).unwrap();
+                let quota = Quota::OFF;
+                machine
+                    .apply(&values, &entry, |_| true, quota, Sizes::default, &mut effects)
+                    .unwrap();
             }
             drop(values);
             publish(&machine);

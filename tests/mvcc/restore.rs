@@ -9,7 +9,7 @@ use quorate::core::auth::AuthError;
 use quorate::core::command::Request;
 use quorate::core::mvcc::Values;
 use quorate::core::mvcc::keyspace::revision_key;
-use quorate::core::quota::Quota;
+use quorate::core::quota::{Quota, Sizes};
 use quorate::core::types::Revision;
 use quorate_proto::etcdserverpb as pb;
 use quorate_proto::mvccpb::KeyValue;
@@ -69,8 +69,8 @@ fn a_key_whose_lease_is_gone_stays_and_is_attached_to_nothing() {
     let mut effects = Effects::default();
     for (index, request) in (1..).zip(requests) {
         let entry = entry(index, request);
-        let quota = Quota(None);
-        let outcome = machine.apply(&values, &entry, |_| true, quota, || 0, &mut effects);
+        let quota = Quota::OFF;
+        let outcome = machine.apply(&values, &entry, |_| true, quota, Sizes::default, &mut effects);
         let result = outcome.unwrap().expect("a new entry").result;
         if index < 3 {
             assert!(matches!(result, Err(ApplyError::LeaseNotFound(id)) if id.0 == 9));

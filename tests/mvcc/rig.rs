@@ -12,7 +12,7 @@ use quorate::core::membership::{Membership, Version};
 use quorate::core::mvcc::Values;
 use quorate::core::mvcc::compact::{Compaction, Scheduled, Sliced};
 use quorate::core::mvcc::hash::{KvHash, KvHasher};
-use quorate::core::quota::Quota;
+use quorate::core::quota::{Quota, Sizes};
 use quorate::core::types::{ClusterId, MemberId};
 use quorate_proto::raftpb;
 
@@ -71,7 +71,7 @@ impl Rig {
             in_flight: None,
             compactions: Vec::new(),
             hashes: Vec::new(),
-            quota: Quota(None),
+            quota: Quota::OFF,
         }
     }
 
@@ -114,7 +114,10 @@ impl Rig {
             entry,
             |_| answered,
             self.quota,
-            || self.engine.size().unwrap(),
+            || Sizes {
+                live: self.engine.size_in_use().unwrap(),
+                physical: self.engine.size().unwrap(),
+            },
             &mut effects,
         );
         self.compactions.extend(

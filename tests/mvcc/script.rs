@@ -409,7 +409,7 @@ impl Script {
                     Ok(reply) => show_reply(&reply, out),
                     Err(error) => writeln!(out, "error: {error}").unwrap(),
                 }
-                if outcome.over_quota {
+                if outcome.over_quota.is_some() {
                     out.push_str("over quota\n");
                 }
             }
@@ -487,7 +487,7 @@ impl Script {
                 writeln!(out, "applied={applied} skipped={skipped}").unwrap();
             }
             "entry" => self.entry(&words[1..], &mut out),
-            "quota" => self.rig.quota = Quota(Some(number(1) as u64)),
+            "quota" => self.rig.quota = Quota { live: Some(number(1) as u64), physical: None },
             "hash" => self.hash(number(1), &mut out),
             "state" => {
                 let now = self.rig.machine.store.now();

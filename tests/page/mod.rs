@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -140,6 +140,7 @@ pub const FAMILIES: &[(&str, &str, &[&str], Option<(f64, f64, i32)>)] = &[
     ("quorate_overlay_writes", "gauge", &[], None),
     ("quorate_applier_queue", "gauge", &[], None),
     ("quorate_connections_closed_for_room_total", "counter", &[], None),
+    ("quorate_quota_physical_bytes", "gauge", &[], None),
     ("quorate_engine_info", "gauge", &["engine"], None),
 ];
 
@@ -226,11 +227,6 @@ impl Drop for Process {
             killed.expect("the process can be killed");
         }
     }
-}
-
-pub fn free_port() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a port is free");
-    listener.local_addr().expect("a listener has an address")
 }
 
 /// The body of a 200 answer.

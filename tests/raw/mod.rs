@@ -2,8 +2,9 @@
 
 #![allow(dead_code, reason = "each of the tests that share this uses a part")]
 
+use crate::ports::free_port;
 use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -50,20 +51,12 @@ impl Server {
 
     fn start_by(program: &dyn Fn() -> Command, flags: &[&str]) -> Server {
         let dir = tempfile::tempdir().expect("there is room for a directory");
-        let free = || {
-            let socket = TcpListener::bind("127.0.0.1:0").expect("a port is free");
-            socket.local_addr().expect("it is bound").port()
-        };
-        for _ in 0..5 {
-            let ports = (free(), free());
-            if let Some(child) = Self::spawn(program(), dir.path(), ports, flags) {
-                return Server { child, addr: ([127, 0, 0, 1], ports.0).into(), dir, ports };
-            }
-        }
-        panic!("{:?} does not start", program().get_program());
+        let ports = (free_port(), free_port());
+        let child = Self::spawn(program(), dir.path(), ports, flags).expect("it starts");
+        Server { child, addr: ([127, 0, 0, 1], ports.0).into(), dir, ports }
     }
 
-    /// Returns once the member says that it serves; `None` if it ends instead: a port was taken.
+    /// Returns once the member says that it serves; `None` if it ends instead.
     pub fn spawn(
         mut command: Command,
         dir: &std::path::Path,

@@ -4,8 +4,9 @@ use std::process::Command;
 
 use crate::deck::Deck;
 use crate::pki::Leaf;
+use crate::ports::free_port;
 use crate::rig::cluster::{Cluster, Options};
-use crate::rig::process::{Program, free_port};
+use crate::rig::process::Program;
 use crate::rig::secure::Secure;
 use crate::rig::{run, wait_for};
 

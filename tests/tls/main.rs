@@ -16,6 +16,8 @@ mod etcdctl;
 mod login;
 #[path = "../pki/mod.rs"]
 mod pki;
+#[path = "../ports/mod.rs"]
+mod ports;
 #[path = "../linearizability/record.rs"]
 mod record;
 #[path = "../cluster/rig/mod.rs"]

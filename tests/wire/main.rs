@@ -10,6 +10,8 @@ mod etcdctl;
 mod grpc;
 mod hash;
 mod lock;
+#[path = "../ports/mod.rs"]
+mod ports;
 mod probes;
 mod random;
 // The tests of authentication use more of it.

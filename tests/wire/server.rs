@@ -1,6 +1,5 @@
 //! Members to talk to, and the clients that do.
 
-use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -11,6 +10,8 @@ use quorate_proto::etcdserverpb::watch_request::RequestUnion;
 use quorate_proto::health::health_client::HealthClient;
 use quorate_proto::{KeyValue, KeyValueBytes};
 use tempfile::TempDir;
+
+use crate::ports::free_port;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio_stream::wrappers::ReceiverStream;
@@ -48,11 +49,6 @@ pub struct Member {
     child: Option<Child>,
 }
 
-/// A port that nobody listens on. Somebody may take it before it is used: starting is tried again.
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
 impl Member {
     /// A member with an empty data directory, ready to serve.
     pub async fn start(kind: Kind) -> Member {
@@ -88,26 +84,16 @@ impl Member {
     ) -> Member {
         let mut member = Member {
             kind,
-            client_port: 0,
-            peer_port: 0,
+            client_port: free_port(),
+            peer_port: free_port(),
             dir,
             data_dir,
             flags: flags.iter().map(|flag| flag.to_string()).collect(),
             dial,
             child: None,
         };
-        for attempt in 1.. {
-            member.client_port = free_port();
-            member.peer_port = free_port();
-            match member.run().await {
-                Ok(()) => break,
-                Err(log)
-                    if attempt == 3 || !log.to_lowercase().contains("address already in use") =>
-                {
-                    panic!("{kind:?} did not start:\n{log}")
-                }
-                Err(_) => {}
-            }
+        if let Err(log) = member.run().await {
+            panic!("{kind:?} did not start:\n{log}");
         }
         member
     }

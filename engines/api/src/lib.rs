@@ -199,8 +199,23 @@ pub trait Engine: Send + Sync + 'static {
     /// durable. Returns the size before and after.
     ///
     /// # Errors
-    /// `Io` (a full disk: the engine goes on with its old file) or `Poisoned`.
+    /// `Io` (a full disk: the engine goes on with its old file), `Cancelled`, `Poisoned`; `Unusable` from
+    /// an engine that promises [`Reclaim::Never`].
     fn reclaim(&self) -> Result<Reclaimed, EngineError>;
+
+    /// As [`reclaim`](Engine::reclaim), by somebody who has the engine alone: it may take all that the disk
+    /// gives.
+    ///
+    /// # Errors
+    /// As there.
+    fn reclaim_alone(&self) -> Result<Reclaimed, EngineError> {
+        self.reclaim()
+    }
+
+    /// Lets a [`reclaim`](Engine::reclaim) that is under way end soon, with `Cancelled` unless it is
+    /// almost done: the engine is about to be closed or replaced. One that begins later is not affected.
+    /// An engine whose reclaim never takes long may leave this as it is.
+    fn cancel_reclaim(&self) {}
 }
 
 /// What [`Engine::reclaim`] achieved: values of [`Engine::size`] in bytes.
@@ -252,6 +267,9 @@ pub enum EngineError {
     /// The file holds what the engine never wrote.
     #[error("corrupt storage at {at}: {what}")]
     Corrupt { at: String, what: String },
+    /// [`Engine::cancel_reclaim`] was called; nothing has changed.
+    #[error("giving space back was cancelled")]
+    Cancelled,
     /// An earlier commit failed, so the state of the file is unknown.
     #[error("storage engine is stopped after an earlier error: {0}")]
     Poisoned(String),

@@ -10,7 +10,8 @@ use bytes::Bytes;
 use engine_api::{Batch, Durability, Engine, EngineError, Op, Table, View, is_empty_range};
 use tempfile::TempDir;
 
-use crate::rng::{Rng, each_seed};
+use crate::Rng;
+use crate::seeds::each_seed;
 
 use Bound::{Excluded, Included, Unbounded};
 

@@ -16,6 +16,17 @@
 //! An engine that promises that buffered commits survive an orderly drop adds
 //! `buffered_survives_drop: true` and gets that tested, too.
 //!
+//! The crash cases kill a writer, or take the power from it, some 30 times each. More are a matter of time:
+//!
+//! ```text
+//! ENGINE_CRASH_ROUNDS=500 cargo test -p 'engine-*' -- kill_keeps power_loss_keeps
+//! ```
+//!
+//! and `ENGINE_SEED` chooses others.
+//!
+//! Options that change what an engine writes when (a small cache, another way to sync) deserve crashes of their
+//! own: a module with `suite!(open_so, crash_only: true)`.
+//!
 //! [`Model`] is an engine too simple to be wrong, [`Mirror`] runs two engines and stops at the first
 //! difference, [`Failing`] breaks at a chosen commit.
 
@@ -24,12 +35,16 @@ pub mod crash;
 mod failing;
 mod mirror;
 mod model;
-mod rng;
+#[cfg(target_os = "linux")]
+pub mod power_loss;
+mod seeds;
+mod spawn;
 
+pub use engine_powerloss::Rng;
 pub use failing::Failing;
 pub use mirror::Mirror;
 pub use model::Model;
-pub use rng::Rng;
+pub use spawn::undisturbed;
 
 /// The tests that an engine must pass; see the crate's documentation.
 #[macro_export]
@@ -44,12 +59,15 @@ macro_rules! suite {
 
         #[test]
         fn buffered_survives_an_orderly_drop() {
-            $crate::cases::buffered_survives_an_orderly_drop($open);
+            $crate::cases::buffered_survives_an_orderly_drop($crate::undisturbed($open));
         }
     };
     ($open:expr, persistent: false $(,)?) => {
         $crate::suite!(@memory $open);
         $crate::suite!(@files $open, #[ignore = "this engine keeps nothing on disk"]);
+    };
+    ($open:expr, crash_only: true $(,)?) => {
+        $crate::suite!(@crash $open, );
     };
     (@files $open:expr, $(#[$skip:meta])?) => {
         $crate::suite!(@case $open, durable_survives_reopening $(#[$skip])?);
@@ -57,15 +75,31 @@ macro_rules! suite {
         $crate::suite!(@case $open, random_operations_with_reopening $(#[$skip])?);
         $crate::suite!(@case $open, reclaimed_state_survives_reopening $(#[$skip])?);
 
+        $crate::suite!(@crash $open, $(#[$skip])?);
+    };
+    (@crash $open:expr, $(#[$skip:meta])?) => {
         #[test]
         $(#[$skip])?
         fn kill_keeps_what_was_acknowledged() {
-            $crate::crash::kill_keeps_what_was_acknowledged(module_path!(), $open);
+            $crate::crash::kill_keeps_what_was_acknowledged(
+                module_path!(),
+                $crate::undisturbed($open),
+            );
         }
 
-        /// The process that the case above starts and kills.
+        #[cfg(target_os = "linux")]
         #[test]
-        #[ignore = "started by kill_keeps_what_was_acknowledged"]
+        $(#[$skip])?
+        fn power_loss_keeps_what_was_durable() {
+            $crate::power_loss::power_loss_keeps_what_was_durable(
+                module_path!(),
+                $crate::undisturbed($open),
+            );
+        }
+
+        /// The process that the cases above start.
+        #[test]
+        #[ignore = "started by the crash cases"]
         fn crash_writer() {
             $crate::crash::writer($open);
         }
@@ -102,7 +136,7 @@ macro_rules! suite {
         #[test]
         $(#[$skip])?
         fn $name() {
-            $crate::cases::$name($open);
+            $crate::cases::$name($crate::undisturbed($open));
         }
     };
 }

@@ -6,10 +6,14 @@ use std::io;
 use std::ops::Bound;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use redb::backends::FileBackend;
 use redb::{BackendError, DatabaseError, StorageBackend};
+
+/// Written bytes after which the system is told to bring them to the disk. Without it they stay in memory
+/// until a sync, which then sends all of them at once, and the WAL's syncs on the same disk wait behind.
+const PIECE_BYTES: u64 = 1 << 20;
 
 /// What the engine and redb share about one file.
 #[derive(Debug)]
@@ -20,6 +24,8 @@ pub(crate) struct DiskState {
     retired: AtomicBool,
     /// Set once nobody reads the retired file any more: redb is to give up on it at once.
     abandoned: AtomicBool,
+    /// Bytes written since the system was last told to bring them to the disk.
+    unstarted: AtomicU64,
     #[cfg(test)]
     pub(crate) faults: faults::Faults,
 }
@@ -30,6 +36,7 @@ impl DiskState {
             file,
             retired: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
+            unstarted: AtomicU64::new(0),
             #[cfg(test)]
             faults: faults::Faults::default(),
         }
@@ -60,9 +67,43 @@ impl DiskState {
         Ok(())
     }
 
+    /// Counts written bytes; now and then waits for what was begun the last time, and begins to bring the
+    /// rest to the disk. So two pieces at most are on their way at any time.
+    fn wrote(&self, bytes: usize) -> io::Result<()> {
+        let bytes = bytes as u64;
+        if self.unstarted.fetch_add(bytes, Ordering::Relaxed) + bytes < PIECE_BYTES {
+            return Ok(());
+        }
+        self.unstarted.store(0, Ordering::Relaxed);
+        write_back(&self.file)
+    }
+
     fn retired(&self) -> bool {
         self.retired.load(Ordering::Acquire)
     }
+}
+
+/// An error of an earlier write is reported once: here, or to a sync.
+#[cfg(target_os = "linux")]
+fn write_back(file: &File) -> io::Result<()> {
+    use std::os::fd::AsRawFd;
+
+    let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE;
+    // SAFETY: the descriptor is open; the call reads and writes no memory of ours.
+    if unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, flags) } == 0 {
+        return Ok(());
+    }
+    let error = io::Error::last_os_error();
+    match error.raw_os_error() {
+        // A file system, or a system, that does not know the call: then a sync does all of it.
+        Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP | libc::EPERM | libc::ESPIPE) => Ok(()),
+        _ => Err(error),
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn write_back(_: &File) -> io::Result<()> {
+    Ok(())
 }
 
 /// A file that redb reads and writes.
@@ -113,6 +154,7 @@ impl StorageBackend for Disk {
         #[cfg(test)]
         self.state.faults.check_write()?;
         self.file.write(offset, data)?;
+        self.state.wrote(data.len())?;
         #[cfg(test)]
         self.state.faults.note(|| faults::DiskOp::Write { offset, data: data.to_vec() });
         Ok(())

@@ -34,7 +34,7 @@ use engine_api::{
 };
 use parking_lot::{Mutex, RwLock};
 
-use reclaim::Touched;
+use reclaim::{Cancel, Touched};
 use store::{Snapshot, Store};
 
 const DATA: &str = "data.redb";
@@ -42,6 +42,7 @@ const NEW: &str = "data.redb.new";
 const LOCK: &str = "lock";
 
 const CACHE_BYTES: &str = "cache-bytes";
+const RECLAIM_RATE: &str = "reclaim-mib-per-second";
 
 /// What the engine promises, and how it can be set.
 pub const ABOUT: About = About {
@@ -52,25 +53,36 @@ pub const ABOUT: About = About {
     reclaim: Reclaim::Online,
     key_bytes_max: None,
     value_bytes_max: None,
-    memory: "pages read and not yet written, up to cache-bytes; as much again during reclaim",
+    memory: "pages read and not yet written, up to cache-bytes; 8 MiB more during reclaim",
     files: "one file, which grows by doubling; only the blocks in use are occupied",
-    options: &[OptionSpec {
-        name: CACHE_BYTES,
-        kind: OptionKind::Number { min: 1 << 20, max: usize::MAX as u64, unit: "bytes" },
-        default: "67108864",
-        help: "memory for pages read and not yet written",
-    }],
+    options: &[
+        OptionSpec {
+            name: CACHE_BYTES,
+            kind: OptionKind::Number { min: 1 << 20, max: usize::MAX as u64, unit: "bytes" },
+            default: "67108864",
+            help: "memory for pages read and not yet written",
+        },
+        OptionSpec {
+            name: RECLAIM_RATE,
+            kind: OptionKind::Number { min: 0, max: 1 << 20, unit: "MiB/s" },
+            default: "48",
+            help: "how fast reclaim copies; more shortens it and lengthens the writes meanwhile; 0: no limit",
+        },
+    ],
 };
 
 /// The engine over one directory.
 pub struct Redb {
     dir: PathBuf,
     cache_bytes: usize,
+    /// Bytes a second that reclaim copies; 0: no limit.
+    reclaim_rate: u64,
     /// Held by a commit from its start to its end: one committer at a time.
     writer: Mutex<Writer>,
     shared: RwLock<Shared>,
     /// One reclaim at a time.
     reclaiming: Mutex<()>,
+    cancel: Cancel,
     /// Why no commit is possible any more.
     poisoned: OnceLock<String>,
     // last: another process may open the directory only when the file is closed
@@ -114,9 +126,11 @@ impl Redb {
         Ok(Redb {
             dir: dir.to_path_buf(),
             cache_bytes,
+            reclaim_rate: options.number(RECLAIM_RATE) << 20,
             writer: Mutex::default(),
             shared: RwLock::new(Shared { store, snapshot: None }),
             reclaiming: Mutex::new(()),
+            cancel: Cancel::default(),
             poisoned: OnceLock::new(),
             _lock: lock,
         })
@@ -206,7 +220,15 @@ impl Engine for Redb {
     }
 
     fn reclaim(&self) -> Result<Reclaimed, EngineError> {
-        self.rebuild()
+        self.rebuild(self.reclaim_rate)
+    }
+
+    fn reclaim_alone(&self) -> Result<Reclaimed, EngineError> {
+        self.rebuild(0)
+    }
+
+    fn cancel_reclaim(&self) {
+        self.cancel.cancel();
     }
 }
 

@@ -8,6 +8,9 @@
 //!
 //! > up to the position, the new file equals the slice's view.
 //!
+//! The copy keeps to a rate, so that it takes neither the disk nor a processor from the commits, and from
+//! the WAL on the same disk.
+//!
 //! When the position has reached the end, commits wait for one last small slice and for the new file to
 //! take the old one's name. Up to that rename a crash leaves the old file, which no step has changed; the
 //! new one is complete and synced before.
@@ -16,9 +19,12 @@ use std::fs;
 use std::io;
 use std::ops::{Bound, ControlFlow};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use engine_api::{Batch, Durability, EngineError, Op, Reclaimed, Table, View};
+
+use parking_lot::{Condvar, Mutex};
 
 use crate::store::{Snapshot, Store};
 use crate::{DATA, NEW, Redb, Shared, Writer, failed, remove_if_there, sync_dir};
@@ -38,15 +44,19 @@ const ORDER: [Table; Table::ALL.len()] = [
     Table::Key,
 ];
 
-/// Bytes of rows copied from one view: it bounds memory and the age of a view (tens of milliseconds).
-const SLICE_BYTES: u64 = 4 << 20;
+/// Bytes of rows copied at a stroke, from one view: it bounds memory, the age of a view and how long a
+/// processor is taken (milliseconds).
+const SLICE_BYTES: u64 = 1 << 20;
 
 /// A row's cost within a slice beyond its bytes: the operation that carries it.
 const SLICE_ROW_BYTES: u64 = 100;
 
-/// Bytes copied between two syncs, so that none of them keeps the disk busy for long: the WAL is synced on
-/// the same disk.
+/// Bytes copied between two syncs: only then are pages used again that the slices before have freed.
 const SYNC_BYTES: u64 = 32 << 20;
+
+/// Memory for pages of the new file while it is filled. Half of it is kept back from the disk until a
+/// sync, so that it is also what a sync has left to do.
+const COPY_CACHE_BYTES: usize = 8 << 20;
 
 /// A slice below this, in bytes, shows that the copy has caught up with the commits.
 const CAUGHT_UP_BYTES: u64 = 256 << 10;
@@ -80,6 +90,53 @@ impl Touched {
         if self.bytes > TOUCHED_BYTES_MAX {
             *self = Touched { overflowed: true, ..Touched::default() };
         }
+    }
+}
+
+/// Lets whoever waits within a reclaim know that it is to end.
+#[derive(Default)]
+pub(crate) struct Cancel {
+    cancelled: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Cancel {
+    pub(crate) fn cancel(&self) {
+        *self.cancelled.lock() = true;
+        self.changed.notify_all();
+    }
+
+    fn forget(&self) {
+        *self.cancelled.lock() = false;
+    }
+
+    /// Waits until `deadline`.
+    ///
+    /// # Errors
+    /// `Cancelled`, also when that is past.
+    fn wait_until(&self, deadline: Instant) -> Result<(), EngineError> {
+        let mut cancelled = self.cancelled.lock();
+        while !*cancelled && !self.changed.wait_until(&mut cancelled, deadline).timed_out() {}
+        if *cancelled { Err(EngineError::Cancelled) } else { Ok(()) }
+    }
+}
+
+/// When how much of the copy may be done.
+struct Pace {
+    started: Instant,
+    /// Bytes a second; 0: no limit.
+    rate: u64,
+    /// Beyond it there is no limit either: commits are faster than the rate.
+    bytes_max: u64,
+}
+
+impl Pace {
+    /// When work may go on after `copied` bytes.
+    fn due(&self, copied: u64) -> Instant {
+        if self.rate == 0 || copied > self.bytes_max {
+            return self.started;
+        }
+        self.started + Duration::from_secs_f64(copied as f64 / self.rate as f64)
     }
 }
 
@@ -163,14 +220,16 @@ fn copy_slice(
 }
 
 impl Redb {
-    /// Copies everything into a new file, which then takes the old one's place.
-    pub(crate) fn rebuild(&self) -> Result<Reclaimed, EngineError> {
+    /// Copies everything into a new file, which then takes the old one's place: `rate` bytes a second, or, at
+    /// 0, as fast as it can.
+    pub(crate) fn rebuild(&self, rate: u64) -> Result<Reclaimed, EngineError> {
         let _turn = self.reclaiming.lock();
+        self.cancel.forget();
         self.check_poisoned()?;
         let before = self.store().size()?;
         let new = self.dir.join(NEW);
         remove_if_there(&new)?;
-        let result = self.copy_and_switch();
+        let result = self.copy_and_switch(rate);
         self.writer.lock().touched = None;
         if result.is_err() {
             // what cannot be removed now is removed on opening
@@ -180,12 +239,19 @@ impl Redb {
     }
 
     /// Answers the size of the new file.
-    fn copy_and_switch(&self) -> Result<u64, EngineError> {
-        let target = Store::create(&self.dir.join(NEW), self.cache_bytes)?;
+    fn copy_and_switch(&self, rate: u64) -> Result<u64, EngineError> {
+        let cache_bytes = self.cache_bytes.min(COPY_CACHE_BYTES);
+        let target = Store::create(&self.dir.join(NEW), cache_bytes)?;
         self.writer.lock().touched = Some(Touched::default());
         let mut position = Position::default();
+        let live = self.store().live_bytes();
         // a copy that takes more than this runs behind commits that are faster
-        let copied_max = self.store().live_bytes().saturating_mul(4).saturating_add(1 << 30);
+        let copied_max = live.saturating_mul(4).saturating_add(1 << 30);
+        let pace = Pace {
+            started: Instant::now(),
+            rate,
+            bytes_max: live.saturating_mul(2).saturating_add(64 << 20),
+        };
         let (mut copied, mut unsynced) = (0, 0);
         loop {
             let moment = self.moment(&mut self.writer.lock())?;
@@ -200,6 +266,7 @@ impl Redb {
             if copied > copied_max {
                 return Err(self.outrun());
             }
+            self.cancel.wait_until(pace.due(copied))?;
         }
         // all that can be done while commits go on, so that little is left for the switch: closing trims the
         // file, and opening it again shows that it is whole
@@ -207,6 +274,7 @@ impl Redb {
         drop(target);
         let (data, new) = (self.dir.join(DATA), self.dir.join(NEW));
         let target = Store::open(&new, &data, self.cache_bytes)?;
+        self.cancel.wait_until(pace.started)?;
         for durability in [Durability::Durable, Durability::Buffered] {
             for _ in 0..CATCH_UPS_MAX {
                 let moment = self.moment(&mut self.writer.lock())?;

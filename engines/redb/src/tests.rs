@@ -3,7 +3,7 @@ use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use engine_conformance::{Mirror, Model, Rng};
+use engine_conformance::{Mirror, Model, Rng, undisturbed};
 
 use super::*;
 use crate::disk::faults::{self, DiskOp};
@@ -14,7 +14,7 @@ mod conformance {
 }
 
 fn open(dir: &Path) -> Redb {
-    Redb::open(dir, &Options::defaults(&ABOUT)).unwrap()
+    undisturbed(|dir: &Path| Redb::open(dir, &Options::defaults(&ABOUT)).unwrap())(dir)
 }
 
 /// The least cache, so that pages spill.
@@ -23,7 +23,8 @@ fn small() -> Options {
 }
 
 fn error_of(dir: &Path) -> EngineError {
-    Redb::open(dir, &Options::defaults(&ABOUT)).err().expect("opening fails")
+    undisturbed(|dir: &Path| Redb::open(dir, &Options::defaults(&ABOUT)).err())(dir)
+        .expect("opening fails")
 }
 
 /// A batch whose rows follow from its number: a row of its own, and the number in `meta`.
@@ -273,6 +274,90 @@ fn reclaim_that_cannot_create_its_file_leaves_the_engine_as_it_was() {
     fs::remove_dir(dir.path().join(NEW)).unwrap();
     engine.reclaim().unwrap();
     assert_eq!(check_numbered(&engine, "after reclaim"), 2);
+}
+
+/// An engine with 6 MB of rows, whose reclaim copies this many MiB a second.
+fn filled(dir: &Path, rate: u64) -> Redb {
+    let rate = [(RECLAIM_RATE.to_owned(), rate.to_string())].into();
+    let engine = Redb::open(dir, &Options::new(&ABOUT, &rate).unwrap()).unwrap();
+    for n in 0..6_u64 {
+        let mut batch = Batch::default();
+        for row in 0..1000 {
+            batch.put(Table::Key, (n * 1000 + row).to_be_bytes().to_vec(), vec![n as u8; 1000]);
+        }
+        engine.commit(&batch, Durability::Durable).unwrap();
+    }
+    engine
+}
+
+fn rows(engine: &Redb) -> usize {
+    let mut rows = 0;
+    let mut count = |_: &[u8], _: &[u8]| {
+        rows += 1;
+        ControlFlow::Continue(())
+    };
+    let view = engine.view().unwrap();
+    view.scan(Table::Key, Bound::Unbounded, Bound::Unbounded, &mut count).unwrap();
+    rows
+}
+
+#[test]
+fn reclaim_keeps_to_its_rate_and_commits_do_not_wait_for_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = filled(dir.path(), 4);
+    let ended = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let reclaim = scope.spawn(|| {
+            let started = std::time::Instant::now();
+            engine.reclaim().unwrap();
+            ended.store(true, std::sync::atomic::Ordering::Release);
+            started.elapsed()
+        });
+        let mut batches = 0_u64;
+        while !ended.load(std::sync::atomic::Ordering::Acquire) {
+            batches += 1;
+            let mut batch = Batch::default();
+            batch.put(Table::Meta, batches.to_be_bytes().to_vec(), "m");
+            engine.commit(&batch, Durability::Buffered).unwrap();
+            assert_eq!(
+                engine.view().unwrap().get(Table::Key, &[0; 8]).unwrap().unwrap()[..],
+                [0; 1000]
+            );
+        }
+        // 6.6 MB with what each row costs, less what is copied before the first and after the last wait
+        assert!(reclaim.join().unwrap().as_secs_f64() > 1.0);
+        assert!(batches > 100, "{batches}");
+        let view = engine.view().unwrap();
+        for n in 1..=batches {
+            assert!(view.get(Table::Meta, &n.to_be_bytes()).unwrap().is_some(), "{n} of {batches}");
+        }
+    });
+    assert_eq!(rows(&engine), 6000);
+}
+
+#[test]
+fn a_cancelled_reclaim_ends_soon_and_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = filled(dir.path(), 1);
+    // one that nobody runs is not affected later
+    engine.cancel_reclaim();
+    std::thread::scope(|scope| {
+        let reclaim = scope.spawn(|| engine.reclaim());
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while !dir.path().join(NEW).exists() {
+            assert!(std::time::Instant::now() < deadline, "no copy is made");
+            std::thread::yield_now();
+        }
+        let cancelled = std::time::Instant::now();
+        engine.cancel_reclaim();
+        let result = reclaim.join().unwrap();
+        assert!(matches!(result, Err(EngineError::Cancelled)), "{result:?}");
+        assert!(cancelled.elapsed().as_secs() < 5, "{:?}", cancelled.elapsed());
+    });
+    assert!(!dir.path().join(NEW).exists());
+    assert_eq!(rows(&engine), 6000);
+    engine.reclaim_alone().unwrap();
+    assert_eq!(rows(&engine), 6000);
 }
 
 #[test]

@@ -1,20 +1,7 @@
 //! bbolt files, etcd's backend and the form of every snapshot: a reader that believes nothing, and a
 //! writer of compact files that holds a few pages at a time.
 //!
-//! A file is an array of pages. Pages 0 and 1 say where the root of the bucket tree is; the rest are
-//! branches and leaves of B+trees, one for the bucket names and one for each bucket:
-//!
-//! ```text
-//! page          id u64 | flags u16 | count u16 | overflow u32 | elements | keys and values
-//! branch elem.  pos u32 | key bytes u32 | child page u64
-//! leaf elem.    flags u32 | pos u32 | key bytes u32 | value bytes u32
-//! bucket        root page u64 | sequence u64 | if root is 0: a whole leaf page
-//! meta          magic u32 | version u32 | page size u32 | flags u32 | root bucket 16 |
-//!               freelist u64 | high-water mark u64 | transaction u64 | FNV-1a of these u64
-//! ```
-//!
-//! All little endian; `pos` counts from the start of its element. An element that does not fit into a
-//! page has one to itself that goes on over the next `overflow` pages.
+//! The bytes of pages are the engine's: [`engine_bbolt::format`], which is as pure as this module.
 //!
 //! A snapshot file is a bbolt file followed by its SHA-256.
 
@@ -25,32 +12,9 @@ use sha2::{Digest, Sha256};
 mod reader;
 mod writer;
 
-pub use reader::{BboltError, Bucket, PageDamage, Reader};
+pub use engine_bbolt::format::{PAGE_BYTES, PageDamage};
+pub use reader::{BboltError, Bucket, Reader};
 pub use writer::{BucketSource, Layout, PairVisitor, Pairs, WriteError, write_compact};
-
-/// The page size of the files that are written here, and of nearly all that exist.
-pub const PAGE_BYTES: usize = 4096;
-
-const MAGIC: u32 = 0xED0C_DAED;
-const VERSION: u32 = 2;
-const HEADER_BYTES: usize = 16;
-const ELEMENT_BYTES: usize = 16;
-const META_BYTES: usize = 64;
-const BUCKET_BYTES: usize = 16;
-
-const BRANCH: u16 = 0x01;
-const LEAF: u16 = 0x02;
-const META: u16 = 0x04;
-const FREELIST: u16 = 0x10;
-
-/// Flag of a leaf element whose value is a bucket.
-const IS_BUCKET: u32 = 1;
-
-/// Bytes of a key; none is empty.
-const KEY_BYTES_MAX: usize = 32_768;
-
-/// Bytes of a value, as bbolt has it.
-const VALUE_BYTES_MAX: usize = (1 << 31) - 2;
 
 /// What a reader reads from.
 pub trait ReadAt {
@@ -89,25 +53,6 @@ impl<T: ReadAt + ?Sized> ReadAt for Box<T> {
     fn read_at(&self, buffer: &mut [u8], at: u64) -> io::Result<usize> {
         (**self).read_at(buffer, at)
     }
-}
-
-fn u16_at(bytes: &[u8], at: usize) -> u16 {
-    u16::from_le_bytes(bytes[at..at + 2].try_into().expect("two bytes"))
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
-}
-
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
-}
-
-/// FNV-1a, 64 bits: the checksum of a meta page.
-fn fnv64(bytes: &[u8]) -> u64 {
-    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
 }
 
 /// Length of the digest behind the database in a snapshot file.

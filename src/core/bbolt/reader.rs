@@ -9,16 +9,12 @@ use std::ops::{Bound, ControlFlow};
 
 use bytes::Bytes;
 
-use super::{
-    BRANCH, BUCKET_BYTES, ELEMENT_BYTES, HEADER_BYTES, IS_BUCKET, KEY_BYTES_MAX, LEAF, MAGIC, META,
-    META_BYTES, ReadAt, VERSION, fnv64, read_exact, u16_at, u32_at, u64_at,
+use engine_bbolt::format::{
+    BRANCH, BUCKET_BYTES, DEPTH_MAX, HEADER_BYTES, IS_BUCKET, META_BYTES, Meta, PAGE_SHIFTS, Page,
+    PageDamage, u32_at, u64_at,
 };
 
-/// Levels of a tree; even with two children a branch, 64 are more than page numbers can tell apart.
-const DEPTH_MAX: usize = 64;
-
-/// Where metas are looked for: page sizes from 1 KiB to 16 MiB.
-const PAGE_SHIFTS: std::ops::RangeInclusive<u32> = 10..=24;
+use super::{ReadAt, read_exact};
 
 /// Why a file cannot be read.
 #[derive(thiserror::Error, Debug)]
@@ -37,43 +33,6 @@ pub enum BboltError {
     CutShort { bytes: u64, pages: u64, page_bytes: u32 },
     #[error("page {page} (at byte {at}) is corrupt: {damage}")]
     Page { page: u64, at: u64, damage: PageDamage },
-}
-
-/// What is wrong with a page.
-#[derive(thiserror::Error, Clone, PartialEq, Eq, Debug)]
-pub enum PageDamage {
-    #[error("its number is outside the {pages} pages of the file")]
-    OutOfRange { pages: u64 },
-    #[error("it says that it is page {found}")]
-    Id { found: u64 },
-    #[error("it is no branch or leaf: flags {found:#x}")]
-    Flags { found: u16 },
-    #[error("it goes on over {overflow} more pages, past the end of the file")]
-    Overflow { overflow: u32 },
-    #[error("it has no elements")]
-    Empty,
-    #[error("element {index} of {count} lies outside the page")]
-    Element { index: usize, count: usize },
-    #[error("the key of element {index} has {bytes} bytes")]
-    KeyLength { index: usize, bytes: usize },
-    #[error("the key of element {index} is not above the one before it")]
-    Order { index: usize },
-    #[error("the key of element {index} does not belong under the branch that leads here")]
-    Misplaced { index: usize },
-    #[error("it lies more than {DEPTH_MAX} levels deep")]
-    Depth,
-    #[error("element {index} is a bucket within a bucket")]
-    Nested { index: usize },
-    #[error("element {index} of the root is not a bucket")]
-    NotABucket { index: usize },
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Meta {
-    page_bytes: u32,
-    root: u64,
-    pages: u64,
-    transaction: u64,
 }
 
 /// An open bbolt file. It must not be written meanwhile.
@@ -96,13 +55,6 @@ enum Root {
     Page(u64),
     /// The image of a leaf, and the page that it stands in.
     Inline(Bytes, u64),
-}
-
-/// A branch or leaf whose every element has been checked.
-struct Page<'a> {
-    bytes: Cow<'a, [u8]>,
-    is_leaf: bool,
-    count: usize,
 }
 
 /// Which keys are wanted.
@@ -226,27 +178,29 @@ impl<R: ReadAt> Reader<R> {
         if depth > DEPTH_MAX {
             return Err(self.error(page, PageDamage::Depth));
         }
-        let content = match inline {
-            Some(bytes) => Page::check(Cow::Borrowed(bytes), bounds, true),
-            None => Page::check(Cow::Owned(self.read_page(page)?), bounds, depth == 0),
-        }
-        .map_err(|damage| self.error(page, damage))?;
-        if inline.is_some() && !content.is_leaf {
+        let bytes = match inline {
+            Some(bytes) => Cow::Borrowed(bytes),
+            None => Cow::Owned(self.read_page(page)?),
+        };
+        let content = Page::check(bytes)
+            .and_then(|content| content.check_place(bounds, depth == 0).map(|()| content))
+            .map_err(|damage| self.error(page, damage))?;
+        if inline.is_some() && !content.is_leaf() {
             return Err(self.error(page, PageDamage::Flags { found: BRANCH }));
         }
-        for index in 0..content.count {
+        for index in 0..content.count() {
             let key = content.key(index);
             if is_above(key, range.to) {
                 return Ok(ControlFlow::Break(()));
             }
-            let flow = if content.is_leaf {
+            let flow = if content.is_leaf() {
                 if is_below(key, range.from) {
                     continue;
                 }
-                let (flags, value) = content.value(index);
-                visit(index, flags, key, value).map_err(|damage| self.error(page, damage))?
+                visit(index, content.flags(index), key, content.value(index))
+                    .map_err(|damage| self.error(page, damage))?
             } else {
-                let next = (index + 1 < content.count).then(|| content.key(index + 1));
+                let next = (index + 1 < content.count()).then(|| content.key(index + 1));
                 // All keys of the child are below the next branch key.
                 if let (Some(next), Bound::Included(from) | Bound::Excluded(from)) =
                     (next, range.from)
@@ -337,84 +291,6 @@ impl<R: ReadAt> Bucket<'_, R> {
     }
 }
 
-impl<'a> Page<'a> {
-    /// Checks everything that can be known of a page without others. Only a root may be empty.
-    fn check(
-        bytes: Cow<'a, [u8]>,
-        (lower, upper): (&[u8], Option<&[u8]>),
-        is_root: bool,
-    ) -> Result<Self, PageDamage> {
-        if bytes.len() < HEADER_BYTES {
-            return Err(PageDamage::Element { index: 0, count: 0 });
-        }
-        let flags = u16_at(&bytes, 8);
-        let is_leaf = match flags {
-            LEAF => true,
-            BRANCH => false,
-            found => return Err(PageDamage::Flags { found }),
-        };
-        let count = usize::from(u16_at(&bytes, 10));
-        if count == 0 && !(is_leaf && is_root) {
-            return Err(PageDamage::Empty);
-        }
-        let page = Page { bytes, is_leaf, count };
-        let elements_end = HEADER_BYTES + count * ELEMENT_BYTES;
-        let mut last: Option<&[u8]> = None;
-        for index in 0..count {
-            let outside = PageDamage::Element { index, count };
-            let element = HEADER_BYTES + index * ELEMENT_BYTES;
-            if element + ELEMENT_BYTES > page.bytes.len() {
-                return Err(outside);
-            }
-            // Four numbers of 32 bits: no overflow on 64.
-            let (at, key_bytes, value_bytes) = page.place(index);
-            if at < elements_end as u64 || at + key_bytes + value_bytes > page.bytes.len() as u64 {
-                return Err(outside);
-            }
-            let key = page.key(index);
-            if is_leaf && key.is_empty() || key.len() > KEY_BYTES_MAX {
-                return Err(PageDamage::KeyLength { index, bytes: key.len() });
-            }
-            if last.is_some_and(|last| key <= last) {
-                return Err(PageDamage::Order { index });
-            }
-            if key < lower || upper.is_some_and(|upper| key >= upper) {
-                return Err(PageDamage::Misplaced { index });
-            }
-            last = Some(key);
-        }
-        Ok(page)
-    }
-
-    /// Where key and value stand, and their lengths; a branch has no values.
-    fn place(&self, index: usize) -> (u64, u64, u64) {
-        let element = HEADER_BYTES + index * ELEMENT_BYTES;
-        let number = |n: usize| u64::from(u32_at(&self.bytes, element + 4 * n));
-        let (pos, key_bytes, value_bytes) = if self.is_leaf {
-            (number(1), number(2), number(3))
-        } else {
-            (number(0), number(1), 0)
-        };
-        (element as u64 + pos, key_bytes, value_bytes)
-    }
-
-    fn key(&self, index: usize) -> &[u8] {
-        let (at, key_bytes, _) = self.place(index);
-        &self.bytes[at as usize..(at + key_bytes) as usize]
-    }
-
-    fn value(&self, index: usize) -> (u32, &[u8]) {
-        let (at, key_bytes, value_bytes) = self.place(index);
-        let from = (at + key_bytes) as usize;
-        let flags = u32_at(&self.bytes, HEADER_BYTES + index * ELEMENT_BYTES);
-        (flags, &self.bytes[from..from + value_bytes as usize])
-    }
-
-    fn child(&self, index: usize) -> u64 {
-        u64_at(&self.bytes, HEADER_BYTES + index * ELEMENT_BYTES + 8)
-    }
-}
-
 fn is_below(key: &[u8], from: Bound<&[u8]>) -> bool {
     match from {
         Bound::Included(from) => key < from,
@@ -435,21 +311,5 @@ fn is_above(key: &[u8], to: Bound<&[u8]>) -> bool {
 fn read_meta(source: &impl ReadAt, at: u64) -> Result<Option<Meta>, BboltError> {
     let mut bytes = [0; HEADER_BYTES + META_BYTES];
     let read = source.read_at(&mut bytes, at).map_err(|source| BboltError::Read { at, source })?;
-    if read < bytes.len() || u16_at(&bytes, 8) & META == 0 {
-        return Ok(None);
-    }
-    let meta = &bytes[HEADER_BYTES..];
-    let page_bytes = u32_at(meta, 8);
-    let shift = page_bytes.trailing_zeros();
-    let valid = u32_at(meta, 0) == MAGIC
-        && u32_at(meta, 4) == VERSION
-        && u64_at(meta, 56) == fnv64(&meta[..56])
-        && page_bytes.is_power_of_two()
-        && PAGE_SHIFTS.contains(&shift);
-    Ok(valid.then(|| Meta {
-        page_bytes,
-        root: u64_at(meta, 16),
-        pages: u64_at(meta, 40),
-        transaction: u64_at(meta, 48),
-    }))
+    Ok(if read < bytes.len() { None } else { Meta::decode(&bytes) })
 }

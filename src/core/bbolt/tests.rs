@@ -3,6 +3,10 @@
 use std::collections::BTreeMap;
 use std::ops::{Bound, ControlFlow};
 
+use engine_bbolt::format::{
+    BRANCH, ELEMENT_BYTES, HEADER_BYTES, KEY_BYTES_MAX, u16_at, u32_at, u64_at,
+};
+
 use super::*;
 
 type Content = BTreeMap<Vec<u8>, BTreeMap<Vec<u8>, Vec<u8>>>;

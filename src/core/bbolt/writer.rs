@@ -6,9 +6,9 @@
 
 use std::io::{self, Write};
 
-use super::{
+use engine_bbolt::format::{
     BRANCH, BUCKET_BYTES, ELEMENT_BYTES, FREELIST, HEADER_BYTES, IS_BUCKET, KEY_BYTES_MAX, LEAF,
-    MAGIC, META, META_BYTES, VALUE_BYTES_MAX, VERSION, fnv64,
+    Meta, VALUE_BYTES_MAX, put_header,
 };
 
 /// The first pages: two metas and an empty list of free pages.
@@ -140,30 +140,12 @@ impl Layout {
         Ok(())
     }
 
+    /// The transaction is the page's own number, as in a file that bbolt has just made.
     fn meta_page(&self, id: u64) -> Vec<u8> {
-        let mut page = vec![0; self.page_bytes];
-        put_header(&mut page, id, META, 0, 0);
-        let mut meta = Vec::with_capacity(META_BYTES);
-        meta.extend_from_slice(&MAGIC.to_le_bytes());
-        meta.extend_from_slice(&VERSION.to_le_bytes());
-        meta.extend_from_slice(&(self.page_bytes as u32).to_le_bytes());
-        meta.extend_from_slice(&0u32.to_le_bytes());
-        // Root, its sequence, freelist, high-water mark; the transaction is the page's own number,
-        // as in a file that bbolt has just made.
-        for number in [self.root, 0, 2, self.pages, id] {
-            meta.extend_from_slice(&number.to_le_bytes());
-        }
-        meta.extend_from_slice(&fnv64(&meta).to_le_bytes());
-        page[HEADER_BYTES..HEADER_BYTES + META_BYTES].copy_from_slice(&meta);
-        page
+        let Layout { root, pages, .. } = *self;
+        let page_bytes = self.page_bytes as u32;
+        Meta { page_bytes, root, sequence: 0, freelist: 2, pages, transaction: id }.encode(id)
     }
-}
-
-fn put_header(page: &mut [u8], id: u64, flags: u16, count: u16, overflow: u32) {
-    page[..8].copy_from_slice(&id.to_le_bytes());
-    page[8..10].copy_from_slice(&flags.to_le_bytes());
-    page[10..12].copy_from_slice(&count.to_le_bytes());
-    page[12..16].copy_from_slice(&overflow.to_le_bytes());
 }
 
 /// Writes all pages but the fixed ones; answers the root's number.

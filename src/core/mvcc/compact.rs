@@ -73,9 +73,9 @@ impl Compaction {
         self.at
     }
 
-    /// Looks at up to `keys` further keys, drops up to about `limit` revisions from the index and
-    /// adds their deletion to `batch`. All of one key is in one slice, so a batch that is lost
-    /// leaves each key whole.
+    /// Looks at up to `keys` further keys, drops up to `limit` revisions (1 at least) from the index and
+    /// adds their deletion to `batch`. A key whose history does not fit is gone on with in the next
+    /// slice: the oldest revisions go first, so what is left of it is a history compacted further back.
     pub fn slice(
         &mut self,
         store: &mut Store,
@@ -83,9 +83,10 @@ impl Compaction {
         keys: usize,
         limit: usize,
     ) -> Sliced {
-        let mut due: Vec<Key> = Vec::new();
+        let limit = limit.max(1);
+        let mut due: Vec<(Key, usize)> = Vec::new();
         let mut looked = 0;
-        let mut superseded = 0;
+        let mut room = limit;
         let from = match &self.next {
             Some(key) => Bound::Included(&key[..]),
             None => Bound::Unbounded,
@@ -93,22 +94,25 @@ impl Compaction {
         let mut rest = store.now.index.range::<_, [u8]>((from, Bound::Unbounded));
         let next = loop {
             let Some((key, history)) = rest.next() else { break None };
-            if looked == keys || superseded >= limit {
+            if looked == keys || room == 0 {
                 break Some(key.clone());
             }
             looked += 1;
             let of_key = history.superseded(self.at);
             if of_key > 0 {
-                superseded += of_key;
-                due.push(key.clone());
+                due.push((key.clone(), of_key.min(room)));
             }
+            if of_key > room {
+                break Some(key.clone());
+            }
+            room -= of_key;
         };
         self.next = next;
         let mut dropped = 0;
-        for key in due {
+        for (key, some) in due {
             let history = store.now.index.get_mut(&key[..]).expect("the key was just seen");
             let pending = &mut store.now.pending;
-            let left = Arc::make_mut(history).compact(self.at, &mut |revision, tombstone| {
+            let left = Arc::make_mut(history).compact(self.at, some, &mut |revision, tombstone| {
                 dropped += 1;
                 // What the engine was never given must not be given after its deletion.
                 if pending.remove(&revision).is_none() {

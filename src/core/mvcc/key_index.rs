@@ -19,11 +19,41 @@ use crate::core::types::Revision;
 /// A sealed run holds at least this many revisions.
 const RUN: usize = 32;
 
+/// A sealed run, the first of which may be dropped.
+#[derive(Clone, Debug)]
+struct Run {
+    all: Arc<[Revision]>,
+    dropped: usize,
+}
+
+impl Run {
+    fn new(all: Arc<[Revision]>) -> Self {
+        Run { all, dropped: 0 }
+    }
+
+    /// Drops the first `n`, in constant time on average: what is left is copied only when it is less
+    /// than what was dropped.
+    fn drop_first(&mut self, n: usize) {
+        self.dropped += n;
+        if self.dropped > self.len() {
+            *self = Run::new(self[..].into());
+        }
+    }
+}
+
+impl std::ops::Deref for Run {
+    type Target = [Revision];
+
+    fn deref(&self) -> &[Revision] {
+        &self.all[self.dropped..]
+    }
+}
+
 /// Ascending revisions that clone in O(log n): readers keep old versions of a key's history while
 /// the applier appends to it. Sealed runs are merged so that each is longer than the next.
 #[derive(Clone, Default, Debug)]
 struct Revisions {
-    sealed: Vec<Arc<[Revision]>>,
+    sealed: Vec<Run>,
     tail: SmallVec<[Revision; 1]>,
 }
 
@@ -41,7 +71,7 @@ impl Revisions {
         if self.tail.len() < RUN {
             return;
         }
-        self.sealed.push(self.tail.drain(..).collect());
+        self.sealed.push(Run::new(self.tail.drain(..).collect()));
         self.tail.shrink_to_fit();
         while let [.., a, b] = &self.sealed[..] {
             if a.len() > b.len() {
@@ -49,7 +79,7 @@ impl Revisions {
             }
             let merged = a.iter().chain(b.iter()).copied().collect();
             self.sealed.truncate(self.sealed.len() - 2);
-            self.sealed.push(merged);
+            self.sealed.push(Run::new(merged));
         }
     }
 
@@ -81,14 +111,21 @@ impl Revisions {
 
     /// Drops the first `n`.
     fn drop_first(&mut self, n: usize) {
-        let kept: Vec<Revision> = self.iter().skip(n).collect();
-        *self = Revisions::default();
-        if kept.len() < RUN {
-            self.tail = SmallVec::from_vec(kept);
-            self.tail.shrink_to_fit();
-        } else {
-            self.sealed.push(kept.into());
+        if self.len() - n < RUN {
+            let kept: Vec<Revision> = self.iter().skip(n).collect();
+            *self = Revisions { sealed: Vec::new(), tail: SmallVec::from_vec(kept) };
+            return self.tail.shrink_to_fit();
         }
+        let mut left = n;
+        let whole = self.sealed.iter().take_while(|run| {
+            let goes = run.len() <= left;
+            left -= if goes { run.len() } else { 0 };
+            goes
+        });
+        let whole = whole.count();
+        self.sealed.drain(..whole);
+        // The tail is shorter than a run, so that a sealed one is left.
+        self.sealed[0].drop_first(left);
     }
 }
 
@@ -220,19 +257,37 @@ impl KeyIndex {
         closed + kept.map_or(0, |(before, _)| before)
     }
 
-    /// Forgets what no reader at `at` or later can see, and names it to `dropped` with whether it
-    /// is a tombstone. Answers false if nothing is left of the key.
-    pub fn compact(&mut self, at: i64, dropped: &mut impl FnMut(Revision, bool)) -> bool {
-        let (i, kept) = self.kept_at(at);
-        for generation in self.generations.drain(..i) {
+    /// Forgets what no reader at `at` or later can see, the oldest `limit` revisions of it at most, and
+    /// names it to `dropped` with whether it is a tombstone. Answers false if nothing is left of the key.
+    ///
+    /// What is left at the limit is as after a compaction at a lower revision.
+    pub fn compact(
+        &mut self,
+        at: i64,
+        limit: usize,
+        dropped: &mut impl FnMut(Revision, bool),
+    ) -> bool {
+        let (closed, kept) = self.kept_at(at);
+        let mut room = limit;
+        let whole = self.generations[..closed].iter().take_while(|generation| {
+            let goes = generation.revisions.len() <= room;
+            room -= if goes { generation.revisions.len() } else { 0 };
+            goes
+        });
+        let whole = whole.count();
+        for generation in self.generations.drain(..whole) {
             let last = generation.revisions.last();
             for revision in generation.revisions.iter() {
                 dropped(revision, Some(revision) == last);
             }
         }
-        if let Some((before, _)) = kept
-            && before > 0
-        {
+        let before = match kept {
+            // Its tombstone stays for the time being: there is room for less than all of it.
+            _ if whole < closed => room,
+            Some((before, _)) => before.min(room),
+            None => 0,
+        };
+        if before > 0 {
             // What is before the kept one is a put: a tombstone is the last of its generation.
             let generation = &mut self.generations[0];
             for revision in generation.revisions.iter().take(before) {
@@ -266,8 +321,70 @@ mod tests {
 
     fn compacted(index: &mut KeyIndex, at: i64) -> (Vec<(i64, bool)>, bool) {
         let mut dropped = Vec::new();
-        let left = index.compact(at, &mut |revision, tomb| dropped.push((revision.main, tomb)));
+        let mut drop = |revision: Revision, tomb| dropped.push((revision.main, tomb));
+        let left = index.compact(at, usize::MAX, &mut drop);
         (dropped, left)
+    }
+
+    /// A history of generations of different lengths, and the revision after it.
+    fn long_lived() -> (KeyIndex, i64) {
+        let mut index = KeyIndex::created(r(1));
+        let mut main = 2;
+        for puts in [0, 1, 40, 3, 200, 31, 90] {
+            for _ in 0..puts {
+                index.put(r(main));
+                main += 1;
+            }
+            index.tombstone(r(main));
+            index.put(r(main + 1));
+            main += 2;
+        }
+        (index, main)
+    }
+
+    #[test]
+    fn compaction_in_parts_ends_where_it_would_at_once() {
+        let (index, end) = long_lived();
+        for at in [1, 2, 3, 45, 46, 47, 100, 250, end - 1, end] {
+            let mut at_once = index.clone();
+            let (expected, expected_left) = compacted(&mut at_once, at);
+            for limit in [1, 2, 7, 33, 1000] {
+                let mut parts = index.clone();
+                let (mut dropped, mut left) = (Vec::new(), true);
+                while parts.superseded(at) > 0 {
+                    let before = dropped.len();
+                    left =
+                        parts.compact(at, limit, &mut |rev, tomb| dropped.push((rev.main, tomb)));
+                    let more = dropped.len() - before;
+                    assert!((1..=limit).contains(&more), "{more} of {limit}");
+                    for seen_at in at..=end {
+                        assert_eq!(seen(&parts, seen_at), seen(&index, seen_at), "at {seen_at}");
+                    }
+                }
+                assert_eq!((&dropped, left), (&expected, expected_left || expected.is_empty()));
+                assert_eq!(parts.kept(at), at_once.kept(at));
+            }
+        }
+    }
+
+    #[test]
+    fn a_run_is_dropped_from_without_copying_it_each_time() {
+        let mut index = KeyIndex::created(r(1));
+        for main in 2..=100_000 {
+            index.put(r(main));
+        }
+        let mut expected = 1;
+        while index.superseded(100_000) > 0 {
+            index.compact(100_000, 13, &mut |revision, _| {
+                assert_eq!(revision.main, expected);
+                expected += 1;
+            });
+            let held: usize =
+                index.generations[0].revisions.sealed.iter().map(|r| r.all.len()).sum();
+            let left = index.generations[0].revisions.len();
+            assert!(held <= 2 * left + RUN, "{held} are held for {left}");
+        }
+        assert_eq!(expected, 100_000);
     }
 
     #[test]

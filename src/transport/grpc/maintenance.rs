@@ -16,12 +16,12 @@ use quorate_proto::etcdserverpb as pb;
 use quorate_proto::etcdserverpb::downgrade_request::DowngradeAction;
 use rustc_hash::FxHashMap;
 use tokio::sync::mpsc::error::TrySendError;
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{Notify, mpsc};
 use tonic::{Code, Request, Response, Status};
 
 use super::deadline::{self, Deadline};
+use super::defragment::defragment;
 use super::{Counted, Ending, Reply, crowded};
-use crate::actors::applier::Checkpoint;
 use crate::actors::export::{For, write_bbolt};
 use crate::config::duration::GoDuration;
 use crate::core::apply::Reply as Applied;
@@ -221,45 +221,8 @@ impl Maintenance {
         done.map_err(|_| status::stopped())?
     }
 
-    async fn defragment(self) -> Result<pb::DefragmentResponse, Status> {
-        self.checkpoint().await?;
-        self.blocking(|member| {
-            if member.shared.defragmenting.swap(true, Ordering::AcqRel) {
-                return Err(Status::unknown("a defragmentation is under way"));
-            }
-            member.metrics.defrag_inflight.set(1.0);
-            let started = Instant::now();
-            tracing::info!("starting defragment");
-            let result = {
-                let _alone = member.shared.reclaiming.lock();
-                member.shared.published.load_full().engine.reclaim()
-            };
-            let took = started.elapsed();
-            member.metrics.backend_defrag_seconds.record(took);
-            member.metrics.defrag_inflight.set(0.0);
-            member.shared.defragmenting.store(false, Ordering::Release);
-            match result {
-                Ok(reclaimed) => {
-                    tracing::info!(
-                        "current-db-size-bytes-diff" =
-                            reclaimed.after as i64 - reclaimed.before as i64,
-                        "current-db-size-bytes" = reclaimed.after,
-                        took = %GoDuration::from(took),
-                        "finished defragment"
-                    );
-                    Ok(pb::DefragmentResponse::default())
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "failed to defragment");
-                    Err(Status::unknown(error.to_string()))
-                }
-            }
-        })
-        .await
-    }
-
     async fn hash(self) -> Result<pb::HashResponse, Status> {
-        self.checkpoint().await?;
+        self.member.checkpoint().await?;
         self.blocking(|member| {
             let started = Instant::now();
             let storage_error = |error: engine_api::EngineError| Status::unknown(error.to_string());
@@ -287,13 +250,6 @@ impl Maintenance {
         .await
     }
 
-    /// Waits until everything applied so far is in the engine, on disk.
-    async fn checkpoint(&self) -> Result<(), Status> {
-        let (reply, done) = oneshot::channel();
-        self.member.applier.do_send(Checkpoint(reply));
-        done.await.map(|_| ()).map_err(|_| status::stopped())
-    }
-
     /// Gathers a snapshot and sends it chunk by chunk.
     async fn send_snapshot(
         self,
@@ -304,7 +260,7 @@ impl Maintenance {
             // Nobody waits for it any more.
             () = chunks.closed() => return Ok(()),
         };
-        self.checkpoint().await?;
+        self.member.checkpoint().await?;
         let version =
             self.member.shared.published.load().members.cluster_version.map(|v| v.to_string());
         let dir = self.snap_dir.clone();
@@ -476,7 +432,10 @@ impl pb::maintenance_server::Maintenance for Maintenance {
         &self,
         request: Request<pb::DefragmentRequest>,
     ) -> Result<Response<pb::DefragmentResponse>, Status> {
-        let run = |_, _| Maintenance::defragment(self.clone());
+        let run = |_, _| async {
+            defragment(self.member.clone()).await?;
+            Ok(pb::DefragmentResponse::default())
+        };
         self.member.unary(Method::Defragment, |_| false, request, run).await
     }
 

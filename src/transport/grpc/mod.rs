@@ -3,6 +3,7 @@
 pub mod auth;
 pub mod cluster;
 pub mod deadline;
+pub mod defragment;
 pub mod election;
 pub mod health;
 pub mod kv;

@@ -9,11 +9,10 @@ mod simple;
 use std::cell::RefCell;
 use std::hash::BuildHasherDefault;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustc_hash::FxHasher;
-use tokio::sync::Notify;
 
 use crate::actors::applier::TokenSink;
 use crate::config::AuthToken;
@@ -92,9 +91,6 @@ pub struct Tokens {
     /// Another number after each token that is taken back; no two stores have the same. What threads
     /// remember is of one generation.
     generation: AtomicU64,
-    /// Calls whose token is of an entry that this member has not applied yet.
-    waiting: AtomicUsize,
-    applied: Notify,
 }
 
 /// Numbers for generations.
@@ -102,9 +98,6 @@ static GENERATIONS: AtomicU64 = AtomicU64::new(1);
 
 /// Tokens that a thread remembers. More than that, and it begins anew.
 const REMEMBERED_MAX: usize = 4096;
-/// Calls that may wait for an entry to be applied: as many as a member that lags a little could see of
-/// clients that log in at another one.
-const WAITING_MAX: usize = 1024;
 
 enum Known {
     Simple(Arc<Stored>),
@@ -144,13 +137,7 @@ impl Tokens {
             AuthToken::Simple => Provider::Simple(Simple::new(ttl)),
             AuthToken::Jwt(options) => Provider::Jwt(Box::new(Jwt::open(options)?)),
         };
-        Ok(Tokens {
-            provider,
-            clock,
-            generation: AtomicU64::new(next_generation()),
-            waiting: AtomicUsize::new(0),
-            applied: Notify::new(),
-        })
+        Ok(Tokens { provider, clock, generation: AtomicU64::new(next_generation()) })
     }
 
     /// Whom `token` stands for; `None` if for nobody. A simple token begins a new life by that.
@@ -227,34 +214,6 @@ impl Tokens {
         }
     }
 
-    /// Waits until `is_applied` says so, asked again whenever entries were applied; answers whether it
-    /// did. Too many callers are not kept waiting.
-    pub async fn wait(&self, is_applied: impl Fn() -> bool, patience: Duration) -> bool {
-        struct Waiting<'a>(&'a AtomicUsize);
-        impl Drop for Waiting<'_> {
-            fn drop(&mut self) {
-                self.0.fetch_sub(1, Ordering::SeqCst);
-            }
-        }
-        let others = self.waiting.fetch_add(1, Ordering::SeqCst);
-        let _waiting = Waiting(&self.waiting);
-        if others >= WAITING_MAX {
-            return false;
-        }
-        let until = tokio::time::Instant::now() + patience;
-        loop {
-            let mut next = std::pin::pin!(self.applied.notified());
-            // Registered before the look, so that what happens after it is not missed.
-            next.as_mut().enable();
-            if is_applied() {
-                return true;
-            }
-            if tokio::time::timeout_at(until, next).await.is_err() {
-                return is_applied();
-            }
-        }
-    }
-
     /// A token for `user`, whose password was right at auth revision `revision`.
     ///
     /// # Errors
@@ -286,15 +245,6 @@ impl TokenSink for Tokens {
         if let Provider::Simple(simple) = &self.provider {
             simple.retain(lasts);
             self.generation.store(next_generation(), Ordering::Release);
-        }
-    }
-
-    fn applied(&self) {
-        // Pairs with the count of one that waits: it counts itself, then looks at what is applied; this
-        // comes after what is applied was published.
-        std::sync::atomic::fence(Ordering::SeqCst);
-        if self.waiting.load(Ordering::SeqCst) > 0 {
-            self.applied.notify_waiters();
         }
     }
 }

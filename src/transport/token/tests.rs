@@ -207,43 +207,6 @@ fn many_tokens_are_found_although_a_thread_remembers_few() {
     }
 }
 
-#[tokio::test]
-async fn a_call_waits_until_its_token_is_applied() {
-    let (tokens, _) = simple();
-    let tokens = Arc::new(tokens);
-    let applied = Arc::new(AtomicU64::new(0));
-    let wait = |patience| {
-        let (tokens, applied) = (tokens.clone(), applied.clone());
-        async move { tokens.wait(|| applied.load(Ordering::SeqCst) >= 2, patience).await }
-    };
-    let waiting = tokio::spawn(wait(Duration::from_secs(60)));
-    while tokens.waiting.load(Ordering::SeqCst) == 0 {
-        tokio::task::yield_now().await;
-    }
-    applied.store(1, Ordering::SeqCst);
-    tokens.applied();
-    tokio::task::yield_now().await;
-    assert!(!waiting.is_finished());
-    applied.store(2, Ordering::SeqCst);
-    tokens.applied();
-    assert!(waiting.await.unwrap());
-    assert_eq!(tokens.waiting.load(Ordering::SeqCst), 0);
-    applied.store(0, Ordering::SeqCst);
-    assert!(!wait(Duration::from_millis(5)).await, "not for ever");
-    // Nor too many of them.
-    let crowd: Vec<_> =
-        (0..WAITING_MAX).map(|_| tokio::spawn(wait(Duration::from_secs(60)))).collect();
-    while tokens.waiting.load(Ordering::SeqCst) < WAITING_MAX {
-        tokio::task::yield_now().await;
-    }
-    assert!(!wait(Duration::from_secs(60)).await);
-    applied.store(2, Ordering::SeqCst);
-    tokens.applied();
-    for waits in crowd {
-        assert!(waits.await.unwrap());
-    }
-}
-
 #[test]
 fn without_a_provider_there_are_no_tokens() {
     let tokens = Tokens::new(&AuthToken::None, TTL, Box::new(Hands::default())).unwrap();

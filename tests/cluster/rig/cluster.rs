@@ -12,10 +12,11 @@ use tempfile::TempDir;
 
 use super::client::Client;
 use super::net::{Net, Node};
-use super::process::{Process, Program, free_port};
+use super::process::{Process, Program};
 use super::random::Random;
 use super::secure::Secure;
 use super::{PATIENCE, wait_for};
+use crate::ports::free_port;
 
 /// How the members run.
 #[derive(Clone, Debug)]

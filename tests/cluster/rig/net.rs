@@ -87,7 +87,7 @@ impl Net {
 
     /// Puts a proxy in front of `target`, member `node`'s peer port; answers where it listens.
     pub fn proxy(&self, node: Node, target: SocketAddr) -> SocketAddr {
-        let listener = super::process::free_listener();
+        let listener = crate::ports::free_listener();
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
         let state = self.state.clone();

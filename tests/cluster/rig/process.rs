@@ -1,16 +1,13 @@
 //! One member's process: started, signalled, and always reaped.
 
 use std::fs::File;
-use std::net::{TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Mutex;
 use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use super::random::Random;
 use super::{PATIENCE, POLL};
 
 /// Which program the members run.
@@ -36,32 +33,6 @@ impl Program {
         match self {
             Program::Quorate => env!("CARGO_BIN_EXE_quorate"),
             Program::Etcd => "etcd",
-        }
-    }
-}
-
-/// A port of the loopback device that is this process's until it ends.
-pub fn free_port() -> u16 {
-    let listener = free_listener();
-    listener.local_addr().expect("a bound socket has an address").port()
-}
-
-/// A listener on a port of the loopback device that is this process's until it ends. To close it and bind
-/// its port again is no use here: another test that starts a process at that moment shares the socket with
-/// its child, until the child's program is loaded.
-///
-/// It is below those that the system gives to outgoing connections: while a member is down, none of
-/// them may take the port that it is to come back to. Other runs of these tests are kept off by the UDP
-/// port of the same number, which is held here: members use TCP only.
-pub fn free_listener() -> TcpListener {
-    static HELD: Mutex<Vec<UdpSocket>> = Mutex::new(Vec::new());
-    let mut random = Random::new(Random::fresh_seed());
-    loop {
-        let port = 12_000 + random.below(20_000) as u16;
-        let Ok(hold) = UdpSocket::bind(("127.0.0.1", port)) else { continue };
-        if let Ok(listener) = TcpListener::bind(("127.0.0.1", port)) {
-            HELD.lock().unwrap().push(hold);
-            return listener;
         }
     }
 }

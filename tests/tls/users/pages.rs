@@ -10,8 +10,9 @@ use super::{CHEAP, api, call, credentials, enable};
 use crate::deck::Deck;
 use crate::etcdctl::etcdctl;
 use crate::pki::{Files, Leaf};
+use crate::ports::free_port;
 use crate::rig::cluster::Cluster;
-use crate::rig::process::{Program, free_port};
+use crate::rig::process::Program;
 use crate::rig::{run, wait_for};
 
 /// The status of a page, and the page.

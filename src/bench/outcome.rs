@@ -1,4 +1,4 @@
-//! Results as a table and as JSON.
+//! Results of one workload as a table and as JSON.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -8,6 +8,7 @@ use hdrhistogram::Histogram;
 use serde::Serialize;
 
 use super::process::Usage;
+use super::report::table::aligned;
 use super::session::SliceResult;
 use super::tally::Tally;
 use super::work::Work;
@@ -364,28 +365,6 @@ pub fn table<O: Serialize>(report: &Report<O>) -> String {
         for (error, count) in &outcome.errors {
             writeln!(text, "{count:>10}  {error}").expect("a string grows");
         }
-    }
-    text
-}
-
-/// Names to the left, values to the right of their columns.
-fn aligned(lines: &[Vec<String>]) -> String {
-    let columns = lines.iter().map(Vec::len).max().unwrap_or(0);
-    let width = |column: usize| {
-        lines.iter().filter_map(|line| line.get(column)).map(|cell| cell.chars().count()).max()
-    };
-    let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or(0)).collect();
-    let mut text = String::new();
-    for line in lines {
-        for (column, cell) in line.iter().enumerate() {
-            let width = widths[column];
-            match column {
-                0 => write!(text, "{cell:<width$}"),
-                _ => write!(text, "  {cell:>width$}"),
-            }
-            .expect("a string grows");
-        }
-        text.push('\n');
     }
     text
 }

@@ -1,0 +1,272 @@
+//! The `head` file: which data file counts, and its last durable state.
+//!
+//! Two slots, each within a sector of its own, written in turn; the newest whole one holds. A slot, with
+//! integers in little-endian order:
+//!
+//! | bytes | holds |
+//! |---|---|
+//! | 0..8 | `qrtlmdb` and the version of this format, 1 |
+//! | 8..16 | sequence number; the greater of two is the newer |
+//! | 16..24 | generation: the data file is `data-<generation>.mdb` |
+//! | 24..32 | length of the data file when the state was synced |
+//! | 32..168 | LMDB's meta page of that state without its page header |
+//! | 168..176 | FNV-1a of the bytes before |
+//!
+//! Only that meta is believed on opening, not those in the data file, which may be of commits whose pages
+//! never reached the disk.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use engine_api::EngineError;
+
+use crate::{corrupt, failed, sync_dir};
+
+const MAGIC: [u8; 8] = *b"qrtlmdb\x01";
+const SLOT_LEN: usize = 176;
+/// Slots are this far apart: no sector of any disk holds two of them.
+const SLOT_EVERY: u64 = 4096;
+const SLOTS: usize = 2;
+/// What the file occupies.
+pub(crate) const HEAD_BYTES: u64 = SLOT_EVERY * SLOTS as u64;
+
+const LMDB_MAGIC: u32 = 0xBEEF_C0DE;
+const LMDB_VERSION: u32 = 1;
+const PAGE_BYTES_MIN: u32 = 512;
+const PAGE_BYTES_MAX: u32 = 1 << 16;
+
+/// LMDB's `MDB_meta` on a 64-bit machine, as it is in the file:
+/// magic, version (4 bytes each), map address, map size (8 each), two trees (48 each: of free pages and
+/// of tables; the first one's first 4 bytes are the page size), last page, transaction (8 each).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Meta(pub(crate) [u8; Meta::LEN]);
+
+impl Meta {
+    pub(crate) const LEN: usize = 136;
+
+    fn u32_at(&self, at: usize) -> u32 {
+        u32::from_ne_bytes(self.0[at..at + 4].try_into().expect("4 bytes"))
+    }
+
+    fn u64_at(&self, at: usize) -> u64 {
+        u64::from_ne_bytes(self.0[at..at + 8].try_into().expect("8 bytes"))
+    }
+
+    pub(crate) fn page_bytes(&self) -> u32 {
+        self.u32_at(24)
+    }
+
+    /// The number of the transaction that wrote it.
+    pub(crate) fn transaction(&self) -> u64 {
+        self.u64_at(128)
+    }
+
+    /// Why LMDB could not have written this.
+    pub(crate) fn fault(&self) -> Option<String> {
+        let (magic, version, page) = (self.u32_at(0), self.u32_at(4), self.page_bytes());
+        if magic != LMDB_MAGIC {
+            return Some(format!("LMDB's mark is missing: {magic:#010x}"));
+        }
+        if version != LMDB_VERSION {
+            return Some(format!("LMDB format {version}, not {LMDB_VERSION}"));
+        }
+        if !page.is_power_of_two() || !(PAGE_BYTES_MIN..=PAGE_BYTES_MAX).contains(&page) {
+            return Some(format!("pages of {page} bytes"));
+        }
+        None
+    }
+}
+
+/// A durable state of a data file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Point {
+    pub(crate) generation: u64,
+    pub(crate) file_bytes: u64,
+    pub(crate) meta: Meta,
+}
+
+fn fnv1a(bytes: &[u8]) -> u64 {
+    bytes.iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+fn encode(sequence: u64, point: &Point) -> [u8; SLOT_LEN] {
+    let mut slot = [0; SLOT_LEN];
+    slot[..8].copy_from_slice(&MAGIC);
+    slot[8..16].copy_from_slice(&sequence.to_le_bytes());
+    slot[16..24].copy_from_slice(&point.generation.to_le_bytes());
+    slot[24..32].copy_from_slice(&point.file_bytes.to_le_bytes());
+    slot[32..168].copy_from_slice(&point.meta.0);
+    let sum = fnv1a(&slot[..168]);
+    slot[168..].copy_from_slice(&sum.to_le_bytes());
+    slot
+}
+
+/// `None` for what is not a whole slot.
+fn decode(slot: &[u8; SLOT_LEN]) -> Option<(u64, Point)> {
+    let number = |at: usize| u64::from_le_bytes(slot[at..at + 8].try_into().expect("8 bytes"));
+    if slot[..8] != MAGIC || number(168) != fnv1a(&slot[..168]) {
+        return None;
+    }
+    let meta = Meta(slot[32..168].try_into().expect("the length of a meta"));
+    Some((number(8), Point { generation: number(16), file_bytes: number(24), meta }))
+}
+
+/// The open `head` file.
+pub(crate) struct Head {
+    file: File,
+    /// Of the slot written last.
+    sequence: u64,
+}
+
+impl Head {
+    /// Makes the file `name` in `dir`, naming `point`; durable when it returns. A crash before leaves no
+    /// file of this name.
+    pub(crate) fn create(dir: &Path, name: &str, point: &Point) -> Result<Head, EngineError> {
+        let (path, new) = (dir.join(name), dir.join(format!("{name}.new")));
+        let written = || -> io::Result<File> {
+            let file =
+                File::options().read(true).write(true).create(true).truncate(true).open(&new)?;
+            file.set_len(HEAD_BYTES)?;
+            file.write_all_at(&encode(1, point), SLOT_EVERY)?;
+            file.sync_all()?;
+            fs::rename(&new, &path)?;
+            Ok(file)
+        };
+        let file = written().map_err(|error| failed("create", &path, error))?;
+        sync_dir(dir)?;
+        Ok(Head { file, sequence: 1 })
+    }
+
+    /// Opens the file and reads the newest state in it; `None` if there is no such file.
+    ///
+    /// # Errors
+    /// `Corrupt` if it holds none.
+    pub(crate) fn open(path: &Path) -> Result<Option<(Head, Point)>, EngineError> {
+        let file = match File::options().read(true).write(true).open(path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(failed("open", path, error)),
+        };
+        let mut newest: Option<(u64, Point)> = None;
+        for at in 0..SLOTS as u64 {
+            let mut slot = [0; SLOT_LEN];
+            match file.read_exact_at(&mut slot, at * SLOT_EVERY) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                    return Err(corrupt(path, "the file is shorter than its two slots"));
+                }
+                Err(error) => return Err(failed("read", path, error)),
+            }
+            // one that is torn was never acknowledged: the other one holds then
+            newest = newest.into_iter().chain(decode(&slot)).max_by_key(|(sequence, _)| *sequence);
+        }
+        let Some((sequence, point)) = newest else {
+            return Err(corrupt(path, "neither of its slots is whole"));
+        };
+        if let Some(fault) = point.meta.fault() {
+            return Err(corrupt(path, fault));
+        }
+        Ok(Some((Head { file, sequence }, point)))
+    }
+
+    /// Makes `point` what holds; durable when it returns. After an error either may hold.
+    pub(crate) fn write(&mut self, path: &Path, point: &Point) -> Result<(), EngineError> {
+        let sequence = self.sequence + 1;
+        let at = sequence % SLOTS as u64 * SLOT_EVERY;
+        self.file
+            .write_all_at(&encode(sequence, point), at)
+            .and_then(|()| self.file.sync_data())
+            .map_err(|error| failed("write", path, error))?;
+        self.sequence = sequence;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn point(n: u64) -> Point {
+        let mut meta = Meta([0; Meta::LEN]);
+        meta.0[..4].copy_from_slice(&LMDB_MAGIC.to_ne_bytes());
+        meta.0[4..8].copy_from_slice(&LMDB_VERSION.to_ne_bytes());
+        meta.0[24..28].copy_from_slice(&4096_u32.to_ne_bytes());
+        meta.0[128..].copy_from_slice(&n.to_ne_bytes());
+        Point { generation: 1 + n / 3, file_bytes: n * 4096, meta }
+    }
+
+    fn read(path: &Path) -> Result<Point, EngineError> {
+        Head::open(path).map(|found| found.expect("the file is there").1)
+    }
+
+    #[test]
+    fn newest_state_holds_and_a_torn_slot_leaves_the_one_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("head");
+        let mut head = Head::create(dir.path(), "head", &point(1)).unwrap();
+        assert_eq!(read(&path).unwrap(), point(1));
+        assert!(!dir.path().join("head.new").exists());
+        for n in 2..7 {
+            let before = fs::read(&path).unwrap();
+            head.write(&path, &point(n)).unwrap();
+            let after = fs::read(&path).unwrap();
+            assert_eq!(read(&path).unwrap(), point(n));
+            // a write of which only a part arrived
+            let changed: Vec<usize> = (0..after.len()).filter(|&i| before[i] != after[i]).collect();
+            for &end in &changed[1..] {
+                let torn = [&after[..end], &before[end..]].concat();
+                fs::write(&path, &torn).unwrap();
+                assert_eq!(read(&path).unwrap(), point(n - 1), "torn at {end}");
+            }
+            // in place: `head` has the file open
+            let file = File::options().write(true).open(&path).unwrap();
+            file.write_all_at(&after, 0).unwrap();
+        }
+        drop(head);
+        let (mut head, found) = Head::open(&path).unwrap().unwrap();
+        assert_eq!(found, point(6));
+        head.write(&path, &point(7)).unwrap();
+        assert_eq!(read(&path).unwrap(), point(7));
+    }
+
+    #[test]
+    fn damage_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("head");
+        assert!(Head::open(&path).unwrap().is_none());
+        Head::create(dir.path(), "head", &point(1)).unwrap();
+        let whole = fs::read(&path).unwrap();
+        for at in SLOT_EVERY as usize..SLOT_EVERY as usize + SLOT_LEN {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 0x10;
+            fs::write(&path, damaged).unwrap();
+            let error = read(&path).unwrap_err().to_string();
+            assert!(error.ends_with("neither of its slots is whole"), "byte {at}: {error}");
+            assert!(error.contains(&path.display().to_string()), "{error}");
+        }
+        for len in [0, 10, SLOT_EVERY as usize + 10] {
+            fs::write(&path, &whole[..len]).unwrap();
+            let error = read(&path).unwrap_err().to_string();
+            assert!(error.ends_with("shorter than its two slots"), "{len} bytes: {error}");
+        }
+    }
+
+    #[test]
+    fn metas_that_lmdb_never_wrote_are_told() {
+        assert_eq!(point(1).meta.fault(), None);
+        for (at, byte, fault) in [
+            (0, 0, "LMDB's mark is missing: 0xbeefc000"),
+            (4, 2, "LMDB format 2, not 1"),
+            (24, 1, "pages of 4097 bytes"),
+            (26, 2, "pages of 135168 bytes"),
+        ] {
+            let mut meta = point(1).meta;
+            meta.0[at] = byte;
+            assert_eq!(meta.fault().as_deref(), Some(fault));
+        }
+    }
+}
