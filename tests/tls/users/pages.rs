@@ -44,7 +44,7 @@ fn status(port: u16, credentials: &[String]) -> Value {
 }
 
 #[test]
-fn pages_need_no_user_and_a_status_needs_any() {
+fn pages_need_no_user_and_a_status_needs_any_credential() {
     let deck = Deck::new();
     let metrics_port = free_port();
     let files = |leaf: &Leaf, name: &str| deck.write(&deck.signer.issue(leaf), name);
@@ -79,7 +79,8 @@ fn pages_need_no_user_and_a_status_needs_any() {
         }
 
         let mut told = Vec::new();
-        for shown in [&alice, &plain] {
+        // A certificate is a credential, whether it names a user or not.
+        for shown in [&alice, &plain, &stranger, &unnamed] {
             let shown = credentials(&deck, shown, None);
             let status = status(port, &shown);
             for field in ["dbSize", "dbSizeInUse", "raftIndex", "raftTerm", "raftAppliedIndex"] {
@@ -91,10 +92,16 @@ fn pages_need_no_user_and_a_status_needs_any() {
             // The answer that nobody may read the key is an answer.
             assert_eq!(call(port, &shown, &["endpoint", "health"]).code, 0);
         }
-        assert_eq!(told[0], told[1]);
-        let refused = call(port, &credentials(&deck, &unnamed, None), &["endpoint", "status"]);
-        assert_eq!(refused.code, 1, "{refused:?}");
-        assert!(refused.error.contains("etcdserver: user name is empty"), "{refused:?}");
+        assert!(told.iter().all(|id| *id == told[0]), "{told:?}");
+        for (shown, text) in [
+            (&unnamed, "user name is empty"),
+            (&stranger, "user name not found"),
+            (&plain, "denied"),
+        ] {
+            let refused = call(port, &credentials(&deck, shown, None), &["endpoint", "hashkv"]);
+            assert_eq!(refused.code, 1, "{refused:?}");
+            assert!(refused.error.contains(text), "{refused:?}");
+        }
     });
 }
 
