@@ -376,7 +376,7 @@ mod tests {
     use super::*;
     use crate::actors::disk::{Disk, DiskFile, OsDisk};
     use crate::actors::export::{For, write_bbolt};
-    use crate::actors::rig::{installer, open_redb};
+    use crate::actors::rig::{installer, open_redb, version};
     use crate::core::membership::{Member, Membership};
 
     /// A disk that stops doing anything to directories after some operations, as if the power had failed.
