@@ -59,7 +59,7 @@ pub struct Apply {
     pub confirm: bool,
 }
 
-/// Drops up to this many superseded revisions, for about [`SLICE_TIME`] at most: so long, entries that
+/// Drops up to this many superseded revisions, for about a millisecond at most: so long, entries that
 /// come meanwhile wait.
 #[derive(Message)]
 #[rtype(result = "Sliced")]

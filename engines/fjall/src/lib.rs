@@ -7,7 +7,7 @@
 //! |---|---|
 //! | `fjall/` | fjall's files: journals, and a tree for each table and one of our own |
 //! | `fjall.new/` | the same in the making (first start); removed on opening |
-//! | `mark` | which batch was durable last, see [`mark`] |
+//! | `mark` | which batch was durable last |
 //! | `damaged-tail` | what was cut off a journal that turned out to be damaged |
 //! | `lock` | nothing; locked by the process that has the engine open |
 //!
