@@ -1244,8 +1244,9 @@ impl Daemon {
         let deadline = Instant::now() + self.config.raft.request_timeout();
         stop.send_replace(true);
         self.member.stopping.send_replace(true);
-        self.member.shared.published.load().engine.cancel_reclaim();
         while self.workers.connections() > 0 && Instant::now() < deadline {
+            // Each time: one may just have begun.
+            self.member.shared.published.load().engine.cancel_reclaim();
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         self.member.hand_over().await;

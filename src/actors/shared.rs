@@ -195,18 +195,20 @@ impl Shared {
 
     /// Asks the engine what it occupies, for those who ask [`Shared::sizes`]. To be called when that has
     /// changed: after a commit, when space was given back, when the engine was replaced.
-    pub fn measure(&self, engine: &dyn Engine) {
+    /// Answers whether the engine told.
+    pub fn measure(&self, engine: &dyn Engine) -> bool {
         // An engine that has failed says so itself, where it is written to.
-        if let (Ok(live), Ok(physical)) = (engine.size_in_use(), engine.size()) {
-            self.sizes[0].store(live, Ordering::Relaxed);
-            self.sizes[1].store(physical, Ordering::Relaxed);
-        }
+        let (Ok(live), Ok(physical)) = (engine.size_in_use(), engine.size()) else { return false };
+        self.sizes[0].store(live, Ordering::Relaxed);
+        self.sizes[1].store(physical, Ordering::Relaxed);
+        true
     }
 
     /// As [`Shared::measure`], of an engine that holds everything up to `index`.
     pub fn measure_at(&self, engine: &dyn Engine, index: Index) {
-        self.measure(engine);
-        self.measured.store(index.0, Ordering::Release);
+        if self.measure(engine) {
+            self.measured.store(index.0, Ordering::Release);
+        }
     }
 
     /// The index up to which [`Shared::sizes`] count what was applied: what is on its way to the engine, as

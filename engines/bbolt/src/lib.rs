@@ -35,6 +35,7 @@ use std::fs;
 use std::io;
 use std::ops::{Bound, ControlFlow};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
@@ -99,6 +100,8 @@ pub struct Bbolt {
     newest: RwLock<Arc<Snapshot>>,
     /// One reclaim at a time.
     reclaiming: Mutex<()>,
+    /// Whether the one under way is to end.
+    cancelled: AtomicBool,
     /// Why no commit is possible any more.
     poisoned: OnceLock<String>,
 }
@@ -163,6 +166,7 @@ impl Bbolt {
             writer: Mutex::new(Writer { committer, touched: None }),
             newest: RwLock::new(newest),
             reclaiming: Mutex::new(()),
+            cancelled: AtomicBool::new(false),
             poisoned: OnceLock::new(),
         })
     }
@@ -237,6 +241,10 @@ impl Engine for Bbolt {
 
     fn reclaim(&self) -> Result<Reclaimed, EngineError> {
         self.rebuild()
+    }
+
+    fn cancel_reclaim(&self) {
+        self.cancelled.store(true, Ordering::Release);
     }
 }
 

@@ -14,6 +14,7 @@
 use std::io;
 use std::ops::{Bound, ControlFlow};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use engine_api::{Batch, Durability, EngineError, Op, Reclaimed, Table, View};
@@ -165,6 +166,7 @@ impl Bbolt {
     /// Copies everything into a new file, which then takes the old one's place.
     pub(crate) fn rebuild(&self) -> Result<Reclaimed, EngineError> {
         let _turn = self.reclaiming.lock();
+        self.cancelled.store(false, Ordering::Release);
         self.check_poisoned()?;
         self.refuse_foreign_buckets()?;
         let before = self.snapshot().store.size();
@@ -227,6 +229,9 @@ impl Bbolt {
             }
             if copied > copied_max {
                 return Err(self.outrun());
+            }
+            if self.cancelled.load(Ordering::Acquire) {
+                return Err(EngineError::Cancelled);
             }
         }
         // all that can be done while commits go on, so that little is left for the switch; opening the file

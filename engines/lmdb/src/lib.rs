@@ -53,6 +53,7 @@ mod store;
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::SystemTime;
 
@@ -123,6 +124,8 @@ pub struct Lmdb {
     store: RwLock<Arc<Store>>,
     /// One reclaim at a time.
     reclaiming: Mutex<()>,
+    /// Whether the one under way is to end.
+    cancelled: AtomicBool,
     /// Why no commit is possible any more.
     poisoned: OnceLock<String>,
     // last: another process may open the directory only when the files are closed
@@ -190,6 +193,7 @@ impl Lmdb {
             }),
             store: RwLock::new(Arc::new(store)),
             reclaiming: Mutex::new(()),
+            cancelled: AtomicBool::new(false),
             poisoned: OnceLock::new(),
             _lock: lock,
         })
@@ -299,6 +303,10 @@ impl Engine for Lmdb {
 
     fn reclaim(&self) -> Result<Reclaimed, EngineError> {
         self.rebuild()
+    }
+
+    fn cancel_reclaim(&self) {
+        self.cancelled.store(true, Ordering::Release);
     }
 }
 

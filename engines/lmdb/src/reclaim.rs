@@ -14,6 +14,7 @@
 use std::io;
 use std::ops::{Bound, ControlFlow};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use engine_api::{Batch, EngineError, Op, Reclaimed, Table, View};
@@ -172,6 +173,7 @@ impl Lmdb {
     /// Copies everything into a new file, which then takes the old one's place.
     pub(crate) fn rebuild(&self) -> Result<Reclaimed, EngineError> {
         let _turn = self.reclaiming.lock();
+        self.cancelled.store(false, Ordering::Release);
         self.check_poisoned()?;
         let before = self.store().file_bytes()? + HEAD_BYTES;
         let generation = self.writer.lock().generation + 1;
@@ -209,6 +211,9 @@ impl Lmdb {
             }
             if copied > copied_max {
                 return Err(self.outrun());
+            }
+            if self.cancelled.load(Ordering::Acquire) {
+                return Err(EngineError::Cancelled);
             }
         }
         // all that can be done while commits go on, so that little is left for the switch

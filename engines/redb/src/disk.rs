@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Bound;
 use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
@@ -18,7 +19,8 @@ const PIECE_BYTES: u64 = 1 << 20;
 /// What the engine and redb share about one file.
 #[derive(Debug)]
 pub(crate) struct DiskState {
-    /// A second handle, to ask for its size.
+    /// The file, opened once more, to ask for its size and to have it written back. Not a duplicate of redb's:
+    /// the system tells a failed write once to each open file, and redb's sync has to hear of it.
     file: File,
     /// Set once another file has taken this one's place.
     retired: AtomicBool,
@@ -67,15 +69,19 @@ impl DiskState {
         Ok(())
     }
 
-    /// Counts written bytes; now and then waits for what was begun the last time, and begins to bring the
-    /// rest to the disk. So two pieces at most are on their way at any time.
-    fn wrote(&self, bytes: usize) -> io::Result<()> {
+    /// Counts written bytes, and now and then begins to bring them to the disk. It does not wait for the
+    /// disk: redb writes also while somebody reads, to make room in its cache.
+    fn wrote(&self, bytes: usize) {
         let bytes = bytes as u64;
-        if self.unstarted.fetch_add(bytes, Ordering::Relaxed) + bytes < PIECE_BYTES {
-            return Ok(());
+        if self.unstarted.fetch_add(bytes, Ordering::Relaxed) + bytes >= PIECE_BYTES {
+            self.unstarted.store(0, Ordering::Relaxed);
+            write_back(&self.file, Written::Begin);
         }
-        self.unstarted.store(0, Ordering::Relaxed);
-        write_back(&self.file)
+    }
+
+    /// Waits for what [`DiskState::wrote`] has begun: a copy is not to have more than a piece on its way.
+    pub(crate) fn await_begun(&self) {
+        write_back(&self.file, Written::Await);
     }
 
     fn retired(&self) -> bool {
@@ -83,28 +89,28 @@ impl DiskState {
     }
 }
 
-/// An error of an earlier write is reported once: here, or to a sync.
+/// What is asked of the system for the written pages of a file.
+enum Written {
+    Begin,
+    Await,
+}
+
+/// Only a hint: what fails here, also because a file system does not know the call, is told to redb's next
+/// sync.
 #[cfg(target_os = "linux")]
-fn write_back(file: &File) -> io::Result<()> {
+fn write_back(file: &File, written: Written) {
     use std::os::fd::AsRawFd;
 
-    let flags = libc::SYNC_FILE_RANGE_WAIT_BEFORE | libc::SYNC_FILE_RANGE_WRITE;
+    let flags = match written {
+        Written::Begin => libc::SYNC_FILE_RANGE_WRITE,
+        Written::Await => libc::SYNC_FILE_RANGE_WAIT_BEFORE,
+    };
     // SAFETY: the descriptor is open; the call reads and writes no memory of ours.
-    if unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, flags) } == 0 {
-        return Ok(());
-    }
-    let error = io::Error::last_os_error();
-    match error.raw_os_error() {
-        // A file system, or a system, that does not know the call: then a sync does all of it.
-        Some(libc::EINVAL | libc::ENOSYS | libc::EOPNOTSUPP | libc::EPERM | libc::ESPIPE) => Ok(()),
-        _ => Err(error),
-    }
+    unsafe { libc::sync_file_range(file.as_raw_fd(), 0, 0, flags) };
 }
 
 #[cfg(not(target_os = "linux"))]
-fn write_back(_: &File) -> io::Result<()> {
-    Ok(())
-}
+fn write_back(_: &File, _: Written) {}
 
 /// A file that redb reads and writes.
 #[derive(Debug)]
@@ -114,8 +120,9 @@ pub(crate) struct Disk {
 }
 
 impl Disk {
-    pub(crate) fn new(file: File) -> Result<(Self, Arc<DiskState>), DatabaseError> {
-        let state = Arc::new(DiskState::new(file.try_clone()?));
+    /// `path` is where `file` lies.
+    pub(crate) fn new(file: File, path: &Path) -> Result<(Self, Arc<DiskState>), DatabaseError> {
+        let state = Arc::new(DiskState::new(File::open(path)?));
         Ok((Disk { file: FileBackend::new(file)?, state: Arc::clone(&state) }, state))
     }
 }
@@ -154,7 +161,7 @@ impl StorageBackend for Disk {
         #[cfg(test)]
         self.state.faults.check_write()?;
         self.file.write(offset, data)?;
-        self.state.wrote(data.len())?;
+        self.state.wrote(data.len());
         #[cfg(test)]
         self.state.faults.note(|| faults::DiskOp::Write { offset, data: data.to_vec() });
         Ok(())

@@ -53,7 +53,8 @@ pub const ABOUT: About = About {
     reclaim: Reclaim::Online,
     key_bytes_max: None,
     value_bytes_max: None,
-    memory: "pages read and not yet written, up to cache-bytes; 8 MiB more during reclaim",
+    memory: "pages read and not yet written, up to cache-bytes; during reclaim 8 MiB more and up to 64 MiB of \
+             changed keys, at its end as much again as cache-bytes",
     files: "one file, which grows by doubling; only the blocks in use are occupied",
     options: &[
         OptionSpec {

@@ -26,7 +26,7 @@ use engine_api::{Batch, Durability, EngineError, Op, Reclaimed, Table, View};
 
 use parking_lot::{Condvar, Mutex};
 
-use crate::store::{Snapshot, Store};
+use crate::store::{ROW_OVERHEAD, Snapshot, Store};
 use crate::{DATA, NEW, Redb, Shared, Writer, failed, remove_if_there, sync_dir};
 
 /// The order of copying. The largest table comes last: it grows at its end, which the copy meets without
@@ -48,7 +48,7 @@ const ORDER: [Table; Table::ALL.len()] = [
 /// processor is taken (milliseconds).
 const SLICE_BYTES: u64 = 1 << 20;
 
-/// A row's cost within a slice beyond its bytes: the operation that carries it.
+/// Memory for a row within a slice beyond its bytes: the operation that carries it.
 const SLICE_ROW_BYTES: u64 = 100;
 
 /// Bytes copied between two syncs: only then are pages used again that the slices before have freed.
@@ -164,11 +164,12 @@ struct Moment {
 
 /// What a slice did.
 struct Slice {
+    /// Written to the new file, counted as [`Store::live_bytes`] counts.
     bytes: u64,
     at_end: bool,
 }
 
-/// Adds one slice of at most `limit` bytes to `target`.
+/// Adds one slice to `target`, of rows that hold at most `limit` bytes of memory.
 fn copy_slice(
     target: &Store,
     position: &mut Position,
@@ -181,13 +182,18 @@ fn copy_slice(
     touched.retain(|(table, key)| position.covers(*table, key));
     touched.sort();
     touched.dedup();
+    let mut bytes = 0;
     for (table, key) in touched {
+        bytes += key.len() as u64 + ROW_OVERHEAD;
         match view.get(table, &key)? {
-            Some(value) => batch.put(table, key, value),
+            Some(value) => {
+                bytes += value.len() as u64;
+                batch.put(table, key, value);
+            }
             None => batch.delete(table, key),
         }
     }
-    let mut bytes = 0;
+    let mut held = 0;
     let at_end = loop {
         let table = ORDER[position.table];
         let from = match &position.key {
@@ -197,11 +203,13 @@ fn copy_slice(
         let mut last = None;
         let mut full = false;
         view.scan(table, from, Bound::Unbounded, &mut |key, value| {
-            bytes += (key.len() + value.len()) as u64 + SLICE_ROW_BYTES;
+            let row = (key.len() + value.len()) as u64;
+            bytes += row + ROW_OVERHEAD;
+            held += row + SLICE_ROW_BYTES;
             let key = Bytes::copy_from_slice(key);
             last = Some(key.clone());
             batch.put(table, key, Bytes::copy_from_slice(value));
-            full = bytes >= limit;
+            full = held >= limit;
             if full { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })?;
         if last.is_some() {
@@ -266,6 +274,7 @@ impl Redb {
             if copied > copied_max {
                 return Err(self.outrun());
             }
+            target.disk().await_begun();
             self.cancel.wait_until(pace.due(copied))?;
         }
         // all that can be done while commits go on, so that little is left for the switch: closing trims the

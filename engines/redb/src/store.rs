@@ -30,7 +30,7 @@ const MAGIC: &[u8] = b"redb\x1A\x0A\xA9\x0D\x0A";
 const APPEND_MIN: usize = 4;
 
 /// Bytes that redb adds to a row in a leaf: the ends of key and value.
-const ROW_OVERHEAD: u64 = 8;
+pub(crate) const ROW_OVERHEAD: u64 = 8;
 
 type Rows = TableDefinition<'static, &'static [u8], &'static [u8]>;
 
@@ -143,7 +143,7 @@ impl Store {
             .create_new(true)
             .open(path)
             .map_err(|error| place.io("create", error))?;
-        let store = Store::over(file, place, cache_bytes)?;
+        let store = Store::over(file, path, place, cache_bytes)?;
         let place = &store.inner.place;
         let write = store.inner.database.begin_write().map_err(|error| place.begin(error))?;
         {
@@ -169,14 +169,19 @@ impl Store {
             .open(path)
             .map_err(|error| place.io("open", error))?;
         check_magic(&file, &place)?;
-        let mut store = Store::over(file, place, cache_bytes)?;
+        let mut store = Store::over(file, path, place, cache_bytes)?;
         store.live_bytes = AtomicU64::new(store.read_own()?);
         Ok(store)
     }
 
-    fn over(file: File, place: Place, cache_bytes: usize) -> Result<Store, EngineError> {
+    fn over(
+        file: File,
+        path: &Path,
+        place: Place,
+        cache_bytes: usize,
+    ) -> Result<Store, EngineError> {
         let repaired = Arc::new(AtomicBool::new(false));
-        let opened = Disk::new(file).and_then(|(backend, disk)| {
+        let opened = Disk::new(file, path).and_then(|(backend, disk)| {
             let repaired = Arc::clone(&repaired);
             let database = Database::builder()
                 .set_cache_size(cache_bytes)

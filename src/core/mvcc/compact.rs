@@ -73,7 +73,7 @@ impl Compaction {
         self.at
     }
 
-    /// Looks at up to `keys` further keys, drops up to `limit` revisions (1 at least) from the index and
+    /// Looks at up to `keys` further keys, drops about `limit` revisions (1 at least) from the index and
     /// adds their deletion to `batch`. A key whose history does not fit is gone on with in the next
     /// slice: the oldest revisions go first, so what is left of it is a history compacted further back.
     pub fn slice(
@@ -99,13 +99,16 @@ impl Compaction {
             }
             looked += 1;
             let of_key = history.superseded(self.at);
+            // To look at a key and to copy it costs as much as it has generations: at least as much has to
+            // go with it, or a key that was made anew often would be dropped in quadratic time.
+            let share = room.max(history.generations());
             if of_key > 0 {
-                due.push((key.clone(), of_key.min(room)));
+                due.push((key.clone(), of_key.min(share)));
             }
-            if of_key > room {
+            if of_key > share {
                 break Some(key.clone());
             }
-            room -= of_key;
+            room = room.saturating_sub(of_key);
         };
         self.next = next;
         let mut dropped = 0;

@@ -250,6 +250,11 @@ impl KeyIndex {
         self.kept_at(at).1.map(|(_, revision)| revision)
     }
 
+    /// How often the key was made, what compactions have dropped aside.
+    pub fn generations(&self) -> usize {
+        self.generations.len()
+    }
+
     /// How many revisions [`KeyIndex::compact`] at `at` would drop.
     pub fn superseded(&self, at: i64) -> usize {
         let (i, kept) = self.kept_at(at);

@@ -33,9 +33,10 @@ pub async fn defragment(member: Arc<Member>) -> Result<(), Status> {
         // One that began after this call has done what it asks for.
         return Ok(());
     }
+    // Before the deletions are brought to the engine: a call that comes meanwhile may be for later ones.
+    let number = all.begun.fetch_add(1, Ordering::AcqRel) + 1;
     // Deletions that are not in the engine yet would give nothing back.
     member.checkpoint().await?;
-    let number = all.begun.fetch_add(1, Ordering::AcqRel) + 1;
     let (reply, done) = oneshot::channel();
     let runner = member.clone();
     // A thread of its own, since it is to be a modest one. It goes on if the caller does not wait.
