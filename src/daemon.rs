@@ -287,13 +287,12 @@ fn check_directory(config: &Config) -> Result<(), StartError> {
     let wanted = config.storage.engine;
     let present = engines::present(data_dir)
         .map_err(|source| StartError::Dir { path: data_dir.clone(), source })?;
-    let etcds = member.join("snap").join("db");
-    if engines::etcds().is_none() && present.is_empty() && etcds.exists() {
+    if let [_, _, ..] = &present[..] {
+        let names: Vec<&str> = present.iter().map(|engine| engine.name()).collect();
         return Err(StartError::Refused(format!(
-            "data directory {} was written by etcd (it holds member/snap/db, a bbolt file), and no \
-             engine of this build reads that: save a snapshot with etcdctl and restore it, or choose \
-             another --data-dir",
-            data_dir.display()
+            "data directory {} holds the data of several engines ({}): only those of one are the member's",
+            data_dir.display(),
+            names.join(", ")
         )));
     }
     let Some(other) = present.iter().find(|engine| **engine != wanted) else { return Ok(()) };

@@ -79,8 +79,9 @@ pub fn etcds() -> Option<&'static BuiltIn> {
 pub fn present(data_dir: &Path) -> std::io::Result<Vec<&'static BuiltIn>> {
     let mut present = Vec::new();
     for engine in ALL {
+        // An installation that was interrupted may have left the old files under their other name only.
         if let Some(home) = engine.home(data_dir)
-            && home.exists()?
+            && (home.exists()? || home.file.is_none() && home.replaced().try_exists()?)
         {
             present.push(*engine);
         }

@@ -135,6 +135,10 @@ impl Installer {
             }
         }
         if removed {
+            // The file's new name, before what it was made from is given up.
+            if home.file.is_some() {
+                self.sync(&home.dir)?;
+            }
             self.sync_parent(&home.dir)?;
         }
         Ok(())

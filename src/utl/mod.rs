@@ -159,7 +159,14 @@ fn note_signals() {
         SigAction::new(SigHandler::Handler(on_signal), SaFlags::SA_RESETHAND, SigSet::empty());
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         // SAFETY: the handler does nothing but store to an atomic.
-        unsafe { sigaction(signal, &action) }.ok();
+        let before = unsafe { sigaction(signal, &action) };
+        if let Ok(before) = before
+            && signal == Signal::SIGHUP
+            && matches!(before.handler(), SigHandler::SigIgn)
+        {
+            // Started by nohup: the terminal may go. SAFETY: it is as it was.
+            unsafe { sigaction(signal, &before) }.ok();
+        }
     }
 }
 

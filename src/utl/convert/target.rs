@@ -2,7 +2,7 @@
 //! step. Whoever starts on it before finds no member there, and ours says why.
 
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::path::{Component, Path, PathBuf};
 
 use serde_json::json;
@@ -160,8 +160,9 @@ impl Drop for Target {
             return;
         }
         if let Err(error) = self.undo() {
-            // The next conversion, or the member that is started on it, finds it.
-            tracing::warn!(%error, "the beginning of a conversion stays");
+            // The next conversion, or the member that is started on it, finds it. If nobody is left to tell,
+            // they tell.
+            let _ = writeln!(io::stderr(), "warning: the beginning of a conversion stays: {error}");
         }
     }
 }
