@@ -354,7 +354,7 @@ fn a_file_with_wrong_values_is_refused_by_key() {
         ("engine: redb\nquorate: {engine: redb}", "engine is set twice"),
         (
             "engine-options: {cache: 5}",
-            r#"quorate: engine-options: unknown option "cache" of engine redb; it has cache-bytes"#,
+            r#"quorate: engine-options: unknown option "cache" of engine redb; it has cache-bytes, reclaim-mib-per-second"#,
         ),
         (
             "warning-apply-duration: -1",
