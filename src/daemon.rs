@@ -286,7 +286,7 @@ fn check_directory(config: &Config) -> Result<(), StartError> {
     }
     let wanted = config.storage.engine;
     let present = engines::present(data_dir)
-        .map_err(|source| StartError::Dir { path: data_dir.join("member"), source })?;
+        .map_err(|source| StartError::Dir { path: member, source })?;
     if let [_, _, ..] = &present[..] {
         let names: Vec<&str> = present.iter().map(|engine| engine.name()).collect();
         return Err(StartError::Refused(format!(
