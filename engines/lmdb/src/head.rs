@@ -1,16 +1,21 @@
 //! The `head` file: which data file counts, and its last durable state.
 //!
-//! Two slots, each within a sector of its own, written in turn; the newest whole one holds. A slot, with
-//! integers in little-endian order:
+//! Two pairs of slots, each slot within a sector of its own. A state is written to both slots of one pair, the
+//! pairs take turns, and the newest whole slot of all holds. A slot, with integers in little-endian order:
 //!
 //! | bytes | holds |
 //! |---|---|
-//! | 0..8 | `qrtlmdb` and the version of this format, 1 |
+//! | 0..8 | `qrtlmdb` and the version of this format, 2 |
 //! | 8..16 | sequence number; the greater of two is the newer |
 //! | 16..24 | generation: the data file is `data-<generation>.mdb` |
 //! | 24..32 | length of the data file when the state was synced |
 //! | 32..168 | LMDB's meta page of that state without its page header |
 //! | 168..176 | FNV-1a of the bytes before |
+//!
+//! - One damaged slot costs nothing: the other one of its pair has the same state. Opening writes it again.
+//! - A pair of which no slot is whole leads to the state before. It is what a power loss leaves of a write that
+//!   was never acknowledged, and later damage of both slots of the newest pair cannot be told from that.
+//! - No whole slot at all is an error.
 //!
 //! Only that meta is believed on opening, not those in the data file, which may be of commits whose pages
 //! never reached the disk.
@@ -24,11 +29,13 @@ use engine_api::EngineError;
 
 use crate::{corrupt, failed, sync_dir};
 
-const MAGIC: [u8; 8] = *b"qrtlmdb\x01";
+const MAGIC: [u8; 8] = *b"qrtlmdb\x02";
 const SLOT_LEN: usize = 176;
 /// Slots are this far apart: no sector of any disk holds two of them.
 const SLOT_EVERY: u64 = 4096;
-const SLOTS: usize = 2;
+/// Slots that hold the same state.
+const COPIES: usize = 2;
+const SLOTS: usize = 2 * COPIES;
 /// What the file occupies.
 pub(crate) const HEAD_BYTES: u64 = SLOT_EVERY * SLOTS as u64;
 
@@ -115,10 +122,17 @@ fn decode(slot: &[u8; SLOT_LEN]) -> Option<(u64, Point)> {
     Some((number(8), Point { generation: number(16), file_bytes: number(24), meta }))
 }
 
+/// Writes a state to each slot of the pair whose turn it is; durable only once `file` is synced.
+fn write_pair(file: &File, sequence: u64, point: &Point) -> io::Result<()> {
+    let slot = encode(sequence, point);
+    let first = sequence % 2 * COPIES as u64;
+    (first..first + COPIES as u64).try_for_each(|at| file.write_all_at(&slot, at * SLOT_EVERY))
+}
+
 /// The open `head` file.
 pub(crate) struct Head {
     file: File,
-    /// Of the slot written last.
+    /// Of the state written last.
     sequence: u64,
 }
 
@@ -131,7 +145,7 @@ impl Head {
             let file =
                 File::options().read(true).write(true).create(true).truncate(true).open(&new)?;
             file.set_len(HEAD_BYTES)?;
-            file.write_all_at(&encode(1, point), SLOT_EVERY)?;
+            write_pair(&file, 1, point)?;
             file.sync_all()?;
             fs::rename(&new, &path)?;
             Ok(file)
@@ -141,7 +155,8 @@ impl Head {
         Ok(Head { file, sequence: 1 })
     }
 
-    /// Opens the file and reads the newest state in it; `None` if there is no such file.
+    /// Opens the file and reads the newest state in it, which is durable and in both slots of its pair when
+    /// this returns; `None` if there is no such file.
     ///
     /// # Errors
     /// `Corrupt` if it holds none.
@@ -152,33 +167,45 @@ impl Head {
             Err(error) => return Err(failed("open", path, error)),
         };
         let mut newest: Option<(u64, Point)> = None;
+        let mut copies = 0;
         for at in 0..SLOTS as u64 {
             let mut slot = [0; SLOT_LEN];
             match file.read_exact_at(&mut slot, at * SLOT_EVERY) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                    return Err(corrupt(path, "the file is shorter than its two slots"));
+                    return Err(corrupt(path, "the file is shorter than its slots"));
                 }
                 Err(error) => return Err(failed("read", path, error)),
             }
-            // one that is torn was never acknowledged: the other one holds then
-            newest = newest.into_iter().chain(decode(&slot)).max_by_key(|(sequence, _)| *sequence);
+            let Some(found) = decode(&slot) else { continue };
+            match &newest {
+                Some((sequence, _)) if *sequence > found.0 => {}
+                Some((sequence, _)) if *sequence == found.0 => copies += 1,
+                _ => (newest, copies) = (Some(found), 1),
+            }
         }
         let Some((sequence, point)) = newest else {
-            return Err(corrupt(path, "neither of its slots is whole"));
+            return Err(corrupt(path, "none of its slots is whole"));
         };
         if let Some(fault) = point.meta.fault() {
             return Err(corrupt(path, fault));
         }
+        let settle = || -> io::Result<()> {
+            if copies < COPIES {
+                write_pair(&file, sequence, &point)?;
+            }
+            // a process that was killed can have left the state in the page cache only; the state before,
+            // to which a power loss would then lead, is about to lose its pages
+            file.sync_data()
+        };
+        settle().map_err(|error| failed("write", path, error))?;
         Ok(Some((Head { file, sequence }, point)))
     }
 
     /// Makes `point` what holds; durable when it returns. After an error either may hold.
     pub(crate) fn write(&mut self, path: &Path, point: &Point) -> Result<(), EngineError> {
         let sequence = self.sequence + 1;
-        let at = sequence % SLOTS as u64 * SLOT_EVERY;
-        self.file
-            .write_all_at(&encode(sequence, point), at)
+        write_pair(&self.file, sequence, point)
             .and_then(|()| self.file.sync_data())
             .map_err(|error| failed("write", path, error))?;
         self.sequence = sequence;
@@ -204,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn newest_state_holds_and_a_torn_slot_leaves_the_one_before() {
+    fn newest_state_holds_and_a_torn_pair_leaves_the_one_before() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("head");
         let mut head = Head::create(dir.path(), "head", &point(1)).unwrap();
@@ -217,10 +244,13 @@ mod tests {
             assert_eq!(read(&path).unwrap(), point(n));
             // a write of which only a part arrived
             let changed: Vec<usize> = (0..after.len()).filter(|&i| before[i] != after[i]).collect();
+            let first_ends = changed[0] + SLOT_EVERY as usize;
+            let first_last = changed.iter().rfind(|&&i| i < first_ends).unwrap();
             for &end in &changed[1..] {
                 let torn = [&after[..end], &before[end..]].concat();
                 fs::write(&path, &torn).unwrap();
-                assert_eq!(read(&path).unwrap(), point(n - 1), "torn at {end}");
+                let holds = if end > *first_last { n } else { n - 1 };
+                assert_eq!(read(&path).unwrap(), point(holds), "torn at {end}");
             }
             // in place: `head` has the file open
             let file = File::options().write(true).open(&path).unwrap();
@@ -233,6 +263,46 @@ mod tests {
         assert_eq!(read(&path).unwrap(), point(7));
     }
 
+    /// The newest state was acknowledged and the one before has lost its pages.
+    #[test]
+    fn damage_of_one_slot_loses_nothing_and_is_mended() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("head");
+        let mut head = Head::create(dir.path(), "head", &point(1)).unwrap();
+        for n in 1..7 {
+            if n > 1 {
+                head.write(&path, &point(n)).unwrap();
+            }
+            let whole = fs::read(&path).unwrap();
+            let newest = (n % 2) as usize * COPIES;
+            let place = |slot: usize| slot * SLOT_EVERY as usize;
+            // not every byte: each opening syncs
+            for byte in (0..SLOT_LEN).step_by(11) {
+                for slot in 0..SLOTS {
+                    let mut damaged = whole.clone();
+                    damaged[place(slot) + byte] ^= 0x10;
+                    fs::write(&path, damaged).unwrap();
+                    assert_eq!(read(&path).unwrap(), point(n), "byte {byte} of slot {slot}");
+                    if slot / COPIES == newest / COPIES {
+                        assert!(fs::read(&path).unwrap() == whole, "slot {slot} is not mended");
+                    }
+                }
+                // as if the write had been torn
+                let mut damaged = whole.clone();
+                for slot in newest..newest + COPIES {
+                    damaged[place(slot) + byte] ^= 0x10;
+                }
+                fs::write(&path, damaged).unwrap();
+                if n > 1 {
+                    assert_eq!(read(&path).unwrap(), point(n - 1), "byte {byte} of both");
+                } else {
+                    read(&path).unwrap_err();
+                }
+            }
+            fs::write(&path, &whole).unwrap();
+        }
+    }
+
     #[test]
     fn damage_is_told() {
         let dir = tempfile::tempdir().unwrap();
@@ -240,18 +310,20 @@ mod tests {
         assert!(Head::open(&path).unwrap().is_none());
         Head::create(dir.path(), "head", &point(1)).unwrap();
         let whole = fs::read(&path).unwrap();
-        for at in SLOT_EVERY as usize..SLOT_EVERY as usize + SLOT_LEN {
+        for at in 0..SLOT_LEN {
             let mut damaged = whole.clone();
-            damaged[at] ^= 0x10;
+            for slot in COPIES..SLOTS {
+                damaged[slot * SLOT_EVERY as usize + at] ^= 0x10;
+            }
             fs::write(&path, damaged).unwrap();
             let error = read(&path).unwrap_err().to_string();
-            assert!(error.ends_with("neither of its slots is whole"), "byte {at}: {error}");
+            assert!(error.ends_with("none of its slots is whole"), "byte {at}: {error}");
             assert!(error.contains(&path.display().to_string()), "{error}");
         }
         for len in [0, 10, SLOT_EVERY as usize + 10] {
             fs::write(&path, &whole[..len]).unwrap();
             let error = read(&path).unwrap_err().to_string();
-            assert!(error.ends_with("shorter than its two slots"), "{len} bytes: {error}");
+            assert!(error.ends_with("shorter than its slots"), "{len} bytes: {error}");
         }
     }
 

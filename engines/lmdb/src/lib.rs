@@ -38,9 +38,11 @@
 //! - Memory is the page cache: pages of the file count as the process's memory, and the system takes them back
 //!   when it needs to. Only what one commit changes is held apart until it is written.
 //! - LMDB has no checksums. Found on opening are a file that is shorter than it was, that belongs to an
-//!   earlier state, that is another program's, and any damage of `head`. A page that the disk has changed is
-//!   found only if it leads nowhere; else its rows are read as they are, and a page whose inner structure is
-//!   damaged can end the process. A read error of the disk ends it as well (SIGBUS), as with every memory map.
+//!   earlier state, that is another program's, and a `head` of which no slot is whole. Each state is in two
+//!   slots of `head`, so damage of one loses nothing; damage of both slots of the newest state looks like a
+//!   write cut short by a power loss, and opens the state before, some of whose pages may have been reused. A
+//!   page that the disk has changed is found only if it leads nowhere; else its rows are read as they are, and
+//!   a page whose inner structure is damaged can end the process. A read error of the disk ends it as well (SIGBUS), as with every memory map.
 //! - The data file belongs to machines of the same byte order and word size.
 
 #[cfg(not(all(unix, target_pointer_width = "64")))]
@@ -171,12 +173,13 @@ impl Lmdb {
                 Head::open(&dir.join(HEAD))?.expect("the head was just created")
             }
         };
+        let store = Store::open(&dir.join(data_name(point.generation)), settings, &point)?;
+        // only now: of a damaged head that names a file which is gone, another one is all that is left
         for generation in store::data_files(dir)? {
             if generation != point.generation {
                 store::remove(&dir.join(data_name(generation)))?;
             }
         }
-        let store = Store::open(&dir.join(data_name(point.generation)), settings, &point)?;
         let pin = store.read()?;
         Ok(Lmdb {
             dir: dir.to_path_buf(),

@@ -531,6 +531,42 @@ fn crash_in_the_first_opening_starts_again_and_a_lost_head_does_not() {
     assert!(error.to_string().contains(&head.display().to_string()), "{error}");
 }
 
+/// After a reclaim the state before the newest one is of a file that is gone.
+#[test]
+fn damaged_head_never_costs_the_data_file() {
+    const SLOT_EVERY: u64 = 4096;
+    let dir = tempfile::tempdir().unwrap();
+    {
+        let engine = open(dir.path());
+        engine.commit(&numbered(1), Durability::Durable).unwrap();
+        engine.reclaim().unwrap();
+    }
+    let kept = data(dir.path());
+    let whole = fs::read(dir.path().join(HEAD)).unwrap();
+    let sequence = |slot: u64| {
+        let at = (slot * SLOT_EVERY + 8) as usize;
+        u64::from_le_bytes(whole[at..at + 8].try_into().unwrap())
+    };
+    let first = if sequence(0) > sequence(2) { 0 } else { 2 };
+    let damage = |slots: &[u64]| {
+        let mut damaged = whole.clone();
+        for slot in slots {
+            damaged[(slot * SLOT_EVERY + 20) as usize] ^= 1;
+        }
+        fs::write(dir.path().join(HEAD), damaged).unwrap();
+    };
+    for slot in [first, first + 1] {
+        damage(&[slot]);
+        assert_eq!(check_numbered(&open(dir.path()), "one slot damaged"), 1);
+    }
+    damage(&[first, first + 1]);
+    let error = error_of(dir.path());
+    assert!(error.to_string().contains("the data file is missing"), "{error}");
+    assert_eq!(data(dir.path()), kept);
+    fs::write(dir.path().join(HEAD), &whole).unwrap();
+    assert_eq!(check_numbered(&open(dir.path()), "the head put back"), 1);
+}
+
 /// As when a member installs a database that it was sent, while readers are still at the old one.
 #[test]
 fn another_directory_can_take_the_path_of_one_that_is_open() {
