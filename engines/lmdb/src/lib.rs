@@ -8,7 +8,7 @@
 //! | file | holds |
 //! |---|---|
 //! | `data-N.mdb` | the tables, under their bbolt names; `N` begins with the time and grows by 1 with each reclaim |
-//! | `data-N.mdb-lock` | who reads what; made anew on opening |
+//! | `data-N.mdb-lock` | who reads what, 512 KiB; made anew on opening |
 //! | `head` | `N`, and the last durable state of that file: see the module `head` |
 //! | `new.mdb` | a first data file in the making; removed on opening, as are data files that `head` does not name |
 //! | `lock` | nothing; locked by the process that has the engine open |
@@ -43,6 +43,9 @@
 //!   write cut short by a power loss, and opens the state before, some of whose pages may have been reused. A
 //!   page that the disk has changed is found only if it leads nowhere; else its rows are read as they are, and
 //!   a page whose inner structure is damaged can end the process. A read error of the disk ends it as well (SIGBUS), as with every memory map.
+//! - A full disk is an error, not more: LMDB writes to its lock file through a map, where it would be a SIGBUS,
+//!   but we fill that file before. A file system that copies what is written over (btrfs, ZFS) has no block
+//!   set aside for that, and keeps the risk.
 //! - The data file belongs to machines of the same byte order and word size.
 
 #[cfg(not(all(unix, target_pointer_width = "64")))]

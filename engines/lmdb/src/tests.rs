@@ -2,7 +2,7 @@ use bytes::Bytes;
 use std::fs;
 use std::io::ErrorKind;
 use std::ops::{Bound, ControlFlow};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::Command;
 
@@ -420,6 +420,67 @@ fn write_until_the_disk_is_full() {
     let error = engine.commit(&numbered(n + 1), Durability::Buffered).unwrap_err();
     assert!(matches!(error, EngineError::Poisoned(_)), "{error}");
     println!("durable: {n}");
+}
+
+/// A hole in it would be filled through a map, where a full disk ends the process.
+#[test]
+fn lock_file_has_all_that_lmdb_wants_and_no_hole() {
+    let dir = tempfile::tempdir().unwrap();
+    let synced = |path: &Path| {
+        let file = File::open(path).unwrap();
+        // blocks may be assigned late
+        file.sync_all().unwrap();
+        file.metadata().unwrap()
+    };
+    // some file systems keep no zeros
+    let filled = dir.path().join("filled");
+    fs::write(&filled, vec![0; (store::READERS_MAX as usize + 2) * 64]).unwrap();
+    let filled = synced(&filled);
+    let check = |context: &str| {
+        let mut path = data(dir.path()).into_os_string();
+        path.push("-lock");
+        let lock = synced(Path::new(&path));
+        assert_eq!(lock.len(), filled.len(), "{context}");
+        assert!(lock.blocks() >= filled.blocks(), "{context}: {} blocks", lock.blocks());
+        assert_eq!(lock.mode() & 0o777, 0o600, "{context}");
+    };
+    let engine = open(dir.path());
+    check("new");
+    engine.reclaim().unwrap();
+    check("after reclaim");
+    drop(engine);
+    let _engine = open(dir.path());
+    check("reopened");
+}
+
+#[test]
+fn disk_too_full_for_the_lock_file_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    // in blocks of 512 bytes or of 1024: either way less than the lock file
+    in_a_limited_process("opening_lacks_room", "trap '' XFSZ; ulimit -f 300", dir.path());
+    let engine = open(dir.path());
+    engine.commit(&numbered(1), Durability::Durable).unwrap();
+    drop(engine);
+    in_a_limited_process("opening_lacks_room", "trap '' XFSZ; ulimit -f 300", dir.path());
+    assert_eq!(check_numbered(&open(dir.path()), "a disk with room"), 1);
+}
+
+#[test]
+#[ignore = "started by disk_too_full_for_the_lock_file_is_told"]
+fn opening_lacks_room() {
+    let Some(dir) = std::env::var_os(CHILD_DIR) else { return };
+    for _ in 0..2 {
+        match error_of(Path::new(&dir)) {
+            EngineError::Io { what, source } => {
+                assert!(what.ends_with(".mdb-lock"), "{what}");
+                assert!(is_full(&source), "{source}");
+            }
+            other => panic!("{other}"),
+        }
+        let left = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name());
+        let left: Vec<_> = left.collect();
+        assert!(left.iter().all(|name| !name.to_string_lossy().ends_with("-lock")), "{left:?}");
+    }
 }
 
 #[test]
