@@ -29,7 +29,8 @@ use engine_api::EngineError;
 
 use crate::{corrupt, failed, sync_dir};
 
-const MAGIC: [u8; 8] = *b"qrtlmdb\x02";
+const MARK: [u8; 7] = *b"qrtlmdb";
+const VERSION: u8 = 2;
 const SLOT_LEN: usize = 176;
 /// Slots are this far apart: no sector of any disk holds two of them.
 const SLOT_EVERY: u64 = 4096;
@@ -102,7 +103,8 @@ fn fnv1a(bytes: &[u8]) -> u64 {
 
 fn encode(sequence: u64, point: &Point) -> [u8; SLOT_LEN] {
     let mut slot = [0; SLOT_LEN];
-    slot[..8].copy_from_slice(&MAGIC);
+    slot[..7].copy_from_slice(&MARK);
+    slot[7] = VERSION;
     slot[8..16].copy_from_slice(&sequence.to_le_bytes());
     slot[16..24].copy_from_slice(&point.generation.to_le_bytes());
     slot[24..32].copy_from_slice(&point.file_bytes.to_le_bytes());
@@ -112,10 +114,26 @@ fn encode(sequence: u64, point: &Point) -> [u8; SLOT_LEN] {
     slot
 }
 
+/// What a slot begins with says of its format; damage can say anything.
+fn version(slot: &[u8]) -> Option<u8> {
+    slot.starts_with(&MARK).then(|| slot[MARK.len()])
+}
+
+/// The format of a file that another version of this program wrote: a pair of slots says so twice, or one
+/// slot where no slot is whole. More would take one damaged byte for it.
+fn foreign_version(slots: &[Option<u8>], any_whole: bool) -> Option<u8> {
+    let foreign = |version: &u8| *version != VERSION;
+    let twice = slots.chunks(COPIES).find_map(|pair| {
+        pair[0].filter(foreign).filter(|_| pair.iter().all(|version| *version == pair[0]))
+    });
+    let once = || slots.iter().flatten().copied().find(foreign);
+    twice.or_else(|| if any_whole { None } else { once() })
+}
+
 /// `None` for what is not a whole slot.
 fn decode(slot: &[u8; SLOT_LEN]) -> Option<(u64, Point)> {
     let number = |at: usize| u64::from_le_bytes(slot[at..at + 8].try_into().expect("8 bytes"));
-    if slot[..8] != MAGIC || number(168) != fnv1a(&slot[..168]) {
+    if version(slot) != Some(VERSION) || number(168) != fnv1a(&slot[..168]) {
         return None;
     }
     let meta = Meta(slot[32..168].try_into().expect("the length of a meta"));
@@ -159,7 +177,7 @@ impl Head {
     /// this returns; `None` if there is no such file.
     ///
     /// # Errors
-    /// `Corrupt` if it holds none.
+    /// `Corrupt` if it holds none, `Unusable` if it has another version's format.
     pub(crate) fn open(path: &Path) -> Result<Option<(Head, Point)>, EngineError> {
         let file = match File::options().read(true).write(true).open(path) {
             Ok(file) => file,
@@ -168,21 +186,35 @@ impl Head {
         };
         let mut newest: Option<(u64, Point)> = None;
         let mut copies = 0;
+        let mut versions = [None; SLOTS];
+        let mut is_short = false;
         for at in 0..SLOTS as u64 {
             let mut slot = [0; SLOT_LEN];
             match file.read_exact_at(&mut slot, at * SLOT_EVERY) {
                 Ok(()) => {}
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                    return Err(corrupt(path, "the file is shorter than its slots"));
+                    // another format may be shorter
+                    is_short = true;
+                    break;
                 }
                 Err(error) => return Err(failed("read", path, error)),
             }
+            versions[at as usize] = version(&slot);
             let Some(found) = decode(&slot) else { continue };
             match &newest {
                 Some((sequence, _)) if *sequence > found.0 => {}
                 Some((sequence, _)) if *sequence == found.0 => copies += 1,
                 _ => (newest, copies) = (Some(found), 1),
             }
+        }
+        if let Some(version) = foreign_version(&versions, newest.is_some()) {
+            return Err(EngineError::Unusable(format!(
+                "{} has format version {version}; this program knows version {VERSION}",
+                path.display()
+            )));
+        }
+        if is_short {
+            return Err(corrupt(path, "the file is shorter than its slots"));
         }
         let Some((sequence, point)) = newest else {
             return Err(corrupt(path, "none of its slots is whole"));
@@ -293,7 +325,7 @@ mod tests {
                     damaged[place(slot) + byte] ^= 0x10;
                 }
                 fs::write(&path, damaged).unwrap();
-                if n > 1 {
+                if n > 1 && byte != MARK.len() {
                     assert_eq!(read(&path).unwrap(), point(n - 1), "byte {byte} of both");
                 } else {
                     read(&path).unwrap_err();
@@ -315,6 +347,10 @@ mod tests {
             for slot in COPIES..SLOTS {
                 damaged[slot * SLOT_EVERY as usize + at] ^= 0x10;
             }
+            if at == MARK.len() {
+                // looks like another format
+                continue;
+            }
             fs::write(&path, damaged).unwrap();
             let error = read(&path).unwrap_err().to_string();
             assert!(error.ends_with("none of its slots is whole"), "byte {at}: {error}");
@@ -325,6 +361,38 @@ mod tests {
             let error = read(&path).unwrap_err().to_string();
             assert!(error.ends_with("shorter than its slots"), "{len} bytes: {error}");
         }
+    }
+
+    #[test]
+    fn another_format_is_named_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("head");
+        let mut head = Head::create(dir.path(), "head", &point(1)).unwrap();
+        let expect = |bytes: &[u8], version: u8, context: &str| {
+            fs::write(&path, bytes).unwrap();
+            let error = read(&path).unwrap_err();
+            assert!(matches!(error, EngineError::Unusable(_)), "{context}: {error:?}");
+            let error = error.to_string();
+            assert!(error.contains(&path.display().to_string()), "{context}: {error}");
+            let expected = format!("has format version {version}; this program knows version 2");
+            assert!(error.ends_with(&expected), "{context}: {error}");
+            assert_eq!(fs::read(&path).unwrap(), bytes, "{context}");
+        };
+        let place = |slot: usize| slot * SLOT_EVERY as usize + MARK.len();
+        let mut later = fs::read(&path).unwrap();
+        later[place(COPIES)] = 3;
+        later[place(COPIES + 1)] = 3;
+        expect(&later, 3, "later");
+        head.write(&path, &point(2)).unwrap();
+        let mut upgraded = later.clone();
+        upgraded[..place(COPIES) - MARK.len()]
+            .copy_from_slice(&fs::read(&path).unwrap()[..place(COPIES) - MARK.len()]);
+        expect(&upgraded, 3, "one pair by a later program");
+        // two single slots, of which a new file has the second only
+        let mut earlier = vec![0; 2 * SLOT_EVERY as usize];
+        earlier[place(1) - MARK.len()..][..MARK.len()].copy_from_slice(&MARK);
+        earlier[place(1)] = 1;
+        expect(&earlier, 1, "earlier");
     }
 
     #[test]

@@ -159,7 +159,7 @@ impl Lmdb {
     /// Opens the engine in `dir`, which is created if it is absent.
     ///
     /// # Errors
-    /// `Unusable`: another process has it open, or the address space is too small. `Corrupt`: a file is
+    /// `Unusable`: another process has it open, another version wrote it, or the address space is too small. `Corrupt`: a file is
     /// missing, damaged, or another program's. `Io`: the system refused. Each names the file.
     pub fn open(dir: &Path, options: &Options) -> Result<Lmdb, EngineError> {
         fs::create_dir_all(dir).map_err(|error| failed("create directory", dir, error))?;
