@@ -48,11 +48,11 @@ const SLICE_ROW_BYTES: u64 = 100;
 /// the same disk.
 const SYNC_BYTES: u64 = 32 << 20;
 
-/// A slice below this, in bytes, shows that the copy has caught up with the commits.
+/// A round below this, in bytes, shows that the copy has caught up with the commits.
 const CAUGHT_UP_BYTES: u64 = 256 << 10;
 
-/// Slices to catch up before the switch; each is shorter than the one before unless commits are faster
-/// than the copy.
+/// Rounds to catch up before the switch, synced ones and then others; each is shorter than the one before
+/// unless commits are faster than the copy, which then gives up.
 const CATCH_UPS_MAX: usize = 8;
 
 /// Memory for the notes of changed keys. Beyond it commits have outrun the copy, which then gives up.
@@ -111,26 +111,36 @@ struct Slice {
     at_end: bool,
 }
 
-/// Adds one slice of at most `limit` bytes to `target`.
+/// Adds one slice to `target`: what has changed, and at most [`SLICE_BYTES`] of further rows. In memory is
+/// no more than twice that, and one row.
 fn copy_slice(
     target: &mut Committer,
     position: &mut Position,
     moment: Moment,
-    limit: u64,
     durability: Durability,
 ) -> Result<Slice, EngineError> {
     let Moment { view, mut touched } = moment;
     let mut batch = Batch::default();
+    let (mut bytes, mut committed) = (0, 0);
     touched.retain(|(table, key)| position.covers(*table, key));
     touched.sort();
     touched.dedup();
     for (table, key) in touched {
+        bytes += key.len() as u64 + SLICE_ROW_BYTES;
         match view.get(table, &key)? {
-            Some(value) => batch.put(table, key, value),
+            Some(value) => {
+                bytes += value.len() as u64;
+                batch.put(table, key, value);
+            }
             None => batch.delete(table, key),
         }
+        // half a slice is seen by nobody
+        if bytes - committed >= SLICE_BYTES {
+            target.commit(&std::mem::take(&mut batch), Durability::Buffered)?;
+            committed = bytes;
+        }
     }
-    let mut bytes = 0;
+    let mut copied = 0;
     let at_end = loop {
         let table = ORDER[position.table];
         let from = match &position.key {
@@ -140,11 +150,11 @@ fn copy_slice(
         let mut last = None;
         let mut full = false;
         view.scan(table, from, Bound::Unbounded, &mut |key, value| {
-            bytes += (key.len() + value.len()) as u64 + SLICE_ROW_BYTES;
+            copied += (key.len() + value.len()) as u64 + SLICE_ROW_BYTES;
             let key = Bytes::copy_from_slice(key);
             last = Some(key.clone());
             batch.put(table, key, Bytes::copy_from_slice(value));
-            full = bytes >= limit;
+            full = copied >= SLICE_BYTES;
             if full { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })?;
         if last.is_some() {
@@ -159,7 +169,7 @@ fn copy_slice(
         *position = Position { table: position.table + 1, key: None };
     };
     target.commit(&batch, durability)?;
-    Ok(Slice { bytes, at_end })
+    Ok(Slice { bytes: bytes + copied, at_end })
 }
 
 impl Bbolt {
@@ -221,7 +231,7 @@ impl Bbolt {
             let moment = self.moment(&mut self.writer.lock())?;
             let sync = unsynced >= SYNC_BYTES;
             let durability = if sync { Durability::Durable } else { Durability::Buffered };
-            let slice = copy_slice(&mut target, &mut position, moment, SLICE_BYTES, durability)?;
+            let slice = copy_slice(&mut target, &mut position, moment, durability)?;
             unsynced = if sync { 0 } else { unsynced + slice.bytes };
             copied += slice.bytes;
             if slice.at_end {
@@ -230,24 +240,60 @@ impl Bbolt {
             if copied > copied_max {
                 return Err(self.outrun());
             }
-            if self.cancelled.load(Ordering::Acquire) {
-                return Err(EngineError::Cancelled);
-            }
+            self.check_cancelled()?;
         }
         // all that can be done while commits go on, so that little is left for the switch; opening the file
         // again, under the name that it will have, shows that it is whole
         target.flush()?;
         let mut target = Committer::open(target.into_disk(), &data, self.settings)?;
+        let mut caught_up = false;
         for durability in [Durability::Durable, Durability::Buffered] {
+            caught_up = false;
             for _ in 0..CATCH_UPS_MAX {
-                let moment = self.moment(&mut self.writer.lock())?;
-                let slice = copy_slice(&mut target, &mut position, moment, u64::MAX, durability)?;
-                if slice.bytes < CAUGHT_UP_BYTES {
+                let bytes = self.catch_up(&mut target, &mut position, copied_max, durability)?;
+                caught_up = bytes < CAUGHT_UP_BYTES;
+                if caught_up {
                     break;
                 }
             }
         }
+        if !caught_up {
+            return Err(self.outrun());
+        }
         self.switch(target, position)
+    }
+
+    /// Copies what has been committed since the last slice, slice by slice up to the end; answers the bytes.
+    ///
+    /// # Errors
+    /// That of `outrun` when the end is not reached within `bytes_max`.
+    fn catch_up(
+        &self,
+        target: &mut Committer,
+        position: &mut Position,
+        bytes_max: u64,
+        durability: Durability,
+    ) -> Result<u64, EngineError> {
+        let mut bytes = 0;
+        loop {
+            self.check_cancelled()?;
+            let moment = self.moment(&mut self.writer.lock())?;
+            let slice = copy_slice(target, position, moment, durability)?;
+            bytes += slice.bytes;
+            if slice.at_end {
+                return Ok(bytes);
+            }
+            if bytes > bytes_max {
+                return Err(self.outrun());
+            }
+        }
+    }
+
+    fn check_cancelled(&self) -> Result<(), EngineError> {
+        match self.cancelled.load(Ordering::Acquire) {
+            true => Err(EngineError::Cancelled),
+            false => Ok(()),
+        }
     }
 
     /// Everything committed up to now, and what has changed since the last call.
@@ -271,8 +317,12 @@ impl Bbolt {
     /// rows of the commits since the last slice, two syncs of the file and one of the directory.
     fn switch(&self, mut target: Committer, mut position: Position) -> Result<u64, EngineError> {
         let mut writer = self.writer.lock();
-        let moment = self.moment(&mut writer)?;
-        copy_slice(&mut target, &mut position, moment, u64::MAX, Durability::Durable)?;
+        loop {
+            let moment = self.moment(&mut writer)?;
+            if copy_slice(&mut target, &mut position, moment, Durability::Durable)?.at_end {
+                break;
+            }
+        }
         let size = target.store().size();
         let (data, new) = (self.dir.join(DATA), self.dir.join(NEW));
         self.files.rename(&new, &data).map_err(|error| failed("rename", &new, error))?;

@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 
 use bytes::Bytes;
-use engine_api::{Batch, Durability, Engine, EngineError, Op, Table, View, is_empty_range};
+use engine_api::{
+    Batch, Durability, Engine, EngineError, Op, Reclaim, Table, View, is_empty_range,
+};
 use tempfile::TempDir;
 
 use crate::Rng;
@@ -893,4 +895,42 @@ pub fn commits_and_reads_go_on_during_reclaim<E: Engine>(open: impl Fn(&Path) ->
     });
     twin.check(&*engine.view().unwrap(), 5, acknowledged.into_inner() as usize);
     eprintln!("{} batches were committed while reclaim ran", during_reclaim.into_inner());
+}
+
+/// A reclaim that is cancelled, again and again until it returns, ends with `Cancelled` or completes; the
+/// engine goes on with all its data either way, and the next reclaim is not affected.
+pub fn cancelled_reclaim_changes_nothing<E: Engine>(open: impl Fn(&Path) -> E) {
+    const ROUNDS: u64 = 4;
+    let dir = temp_dir();
+    let engine = open(dir.path());
+    if engine.about().reclaim != Reclaim::Online {
+        return;
+    }
+    fill(&engine);
+    let mut cancelled = 0;
+    for round in 0..ROUNDS {
+        let kept = all_rows(&*engine.view().unwrap(), Table::Key);
+        let result = thread::scope(|scope| {
+            let reclaim = scope.spawn(|| engine.reclaim());
+            // one that comes before the reclaim has begun does not count
+            while !reclaim.is_finished() {
+                engine.cancel_reclaim();
+                thread::yield_now();
+            }
+            reclaim.join().expect("reclaim does not panic")
+        });
+        match result {
+            Ok(_) => {}
+            Err(EngineError::Cancelled) => cancelled += 1,
+            Err(error) => panic!("round {round}: {error}"),
+        }
+        assert!(all_rows(&*engine.view().unwrap(), Table::Key) == kept, "round {round}");
+        commit(&engine, Durability::Durable, |batch| {
+            batch.put(Table::Meta, "round", round.to_be_bytes().to_vec());
+        });
+        engine.reclaim().unwrap();
+        assert!(all_rows(&*engine.view().unwrap(), Table::Key) == kept, "round {round}, reclaimed");
+        assert_eq!(get(&engine, Table::Meta, b"round").unwrap(), round.to_be_bytes().to_vec());
+    }
+    eprintln!("{cancelled} of {ROUNDS} reclaims were cancelled");
 }

@@ -77,6 +77,15 @@ impl<E: Engine> Engine for Failing<E> {
         self.check()?;
         self.inner.reclaim()
     }
+
+    fn reclaim_alone(&self) -> Result<Reclaimed, EngineError> {
+        self.check()?;
+        self.inner.reclaim_alone()
+    }
+
+    fn cancel_reclaim(&self) {
+        self.inner.cancel_reclaim();
+    }
 }
 
 #[cfg(test)]

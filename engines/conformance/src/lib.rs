@@ -131,6 +131,7 @@ macro_rules! suite {
         $crate::suite!(@case $open, reclaim_of_an_empty_engine);
         $crate::suite!(@case $open, view_outlives_reclaim);
         $crate::suite!(@case $open, commits_and_reads_go_on_during_reclaim);
+        $crate::suite!(@case $open, cancelled_reclaim_changes_nothing);
     };
     (@case $open:expr, $name:ident $(#[$skip:meta])?) => {
         #[test]

@@ -38,6 +38,19 @@ fn both<T, U>(
     }
 }
 
+/// Only a cancelled reclaim may differ: one of the engines may have been almost done, or not yet begun.
+fn reclaimed(
+    first: Result<Reclaimed, EngineError>,
+    second: Result<Reclaimed, EngineError>,
+) -> Result<Reclaimed, EngineError> {
+    match (first, second) {
+        (Err(EngineError::Cancelled), Ok(_)) | (Ok(_), Err(EngineError::Cancelled)) => {
+            Err(EngineError::Cancelled)
+        }
+        (first, second) => both("reclaim", first, second).map(|(size, _)| size),
+    }
+}
+
 impl<A: Engine, B: Engine> Engine for Mirror<A, B> {
     fn about(&self) -> &'static About {
         self.first.about()
@@ -65,7 +78,16 @@ impl<A: Engine, B: Engine> Engine for Mirror<A, B> {
     }
 
     fn reclaim(&self) -> Result<Reclaimed, EngineError> {
-        both("reclaim", self.first.reclaim(), self.second.reclaim()).map(|(size, _)| size)
+        reclaimed(self.first.reclaim(), self.second.reclaim())
+    }
+
+    fn reclaim_alone(&self) -> Result<Reclaimed, EngineError> {
+        reclaimed(self.first.reclaim_alone(), self.second.reclaim_alone())
+    }
+
+    fn cancel_reclaim(&self) {
+        self.first.cancel_reclaim();
+        self.second.cancel_reclaim();
     }
 }
 

@@ -8,7 +8,7 @@
 //! | file | holds |
 //! |---|---|
 //! | `data-N.mdb` | the tables, under their bbolt names; `N` begins with the time and grows by 1 with each reclaim |
-//! | `data-N.mdb-lock` | who reads what; made anew on opening |
+//! | `data-N.mdb-lock` | who reads what, 512 KiB; made anew on opening |
 //! | `head` | `N`, and the last durable state of that file: see the module `head` |
 //! | `new.mdb` | a first data file in the making; removed on opening, as are data files that `head` does not name |
 //! | `lock` | nothing; locked by the process that has the engine open |
@@ -38,9 +38,14 @@
 //! - Memory is the page cache: pages of the file count as the process's memory, and the system takes them back
 //!   when it needs to. Only what one commit changes is held apart until it is written.
 //! - LMDB has no checksums. Found on opening are a file that is shorter than it was, that belongs to an
-//!   earlier state, that is another program's, and any damage of `head`. A page that the disk has changed is
-//!   found only if it leads nowhere; else its rows are read as they are, and a page whose inner structure is
-//!   damaged can end the process. A read error of the disk ends it as well (SIGBUS), as with every memory map.
+//!   earlier state, that is another program's, and a `head` of which no slot is whole. Each state is in two
+//!   slots of `head`, so damage of one loses nothing; damage of both slots of the newest state looks like a
+//!   write cut short by a power loss, and opens the state before, some of whose pages may have been reused. A
+//!   page that the disk has changed is found only if it leads nowhere; else its rows are read as they are, and
+//!   a page whose inner structure is damaged can end the process. A read error of the disk ends it as well (SIGBUS), as with every memory map.
+//! - A full disk is an error, not more: LMDB writes to its lock file through a map, where it would be a SIGBUS,
+//!   but we fill that file before. A file system that copies what is written over (btrfs, ZFS) has no block
+//!   set aside for that, and keeps the risk.
 //! - The data file belongs to machines of the same byte order and word size.
 
 #[cfg(not(all(unix, target_pointer_width = "64")))]
@@ -154,7 +159,7 @@ impl Lmdb {
     /// Opens the engine in `dir`, which is created if it is absent.
     ///
     /// # Errors
-    /// `Unusable`: another process has it open, or the address space is too small. `Corrupt`: a file is
+    /// `Unusable`: another process has it open, another version wrote it, or the address space is too small. `Corrupt`: a file is
     /// missing, damaged, or another program's. `Io`: the system refused. Each names the file.
     pub fn open(dir: &Path, options: &Options) -> Result<Lmdb, EngineError> {
         fs::create_dir_all(dir).map_err(|error| failed("create directory", dir, error))?;
@@ -171,12 +176,13 @@ impl Lmdb {
                 Head::open(&dir.join(HEAD))?.expect("the head was just created")
             }
         };
+        let store = Store::open(&dir.join(data_name(point.generation)), settings, &point)?;
+        // only now: of a damaged head that names a file which is gone, another one is all that is left
         for generation in store::data_files(dir)? {
             if generation != point.generation {
                 store::remove(&dir.join(data_name(generation)))?;
             }
         }
-        let store = Store::open(&dir.join(data_name(point.generation)), settings, &point)?;
         let pin = store.read()?;
         Ok(Lmdb {
             dir: dir.to_path_buf(),

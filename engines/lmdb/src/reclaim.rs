@@ -38,7 +38,7 @@ const ORDER: [Table; Table::ALL.len()] = [
     Table::Key,
 ];
 
-/// Bytes of rows copied from one view: it bounds memory and the age of a view (tens of milliseconds).
+/// Bytes of rows copied from one view, beside those that have changed: it bounds memory and the age of a view (tens of milliseconds).
 const SLICE_BYTES: u64 = 4 << 20;
 
 /// A row's cost within a slice beyond its bytes: the operation that carries it.
@@ -48,11 +48,11 @@ const SLICE_ROW_BYTES: u64 = 100;
 /// the same disk.
 const SYNC_BYTES: u64 = 32 << 20;
 
-/// A slice below this, in bytes, shows that the copy has caught up with the commits.
+/// A round below this, in bytes, shows that the copy has caught up with the commits.
 const CAUGHT_UP_BYTES: u64 = 256 << 10;
 
-/// Slices to catch up before the switch; each is shorter than the one before unless commits are faster than
-/// the copy.
+/// Rounds to catch up before the switch, with a sync each and then without; each is shorter than the one
+/// before unless commits are faster than the copy, which then gives up.
 const CATCH_UPS_MAX: usize = 8;
 
 /// Memory for the notes of changed keys. Beyond it commits have outrun the copy, which then gives up.
@@ -111,16 +111,16 @@ struct Slice {
     at_end: bool,
 }
 
-/// Adds one slice of at most `limit` bytes to `target`.
+/// Adds one slice to `target`: what has changed, and at most [`SLICE_BYTES`] of further rows. In memory is
+/// no more than twice that, and one row.
 fn copy_slice(
     target: &Store,
     position: &mut Position,
     changed: Changed,
-    limit: u64,
 ) -> Result<Slice, EngineError> {
     let Changed { view, mut touched } = changed;
     let mut batch = Batch::default();
-    let mut bytes = 0;
+    let (mut bytes, mut committed) = (0, 0);
     touched.retain(|(table, key)| position.covers(*table, key));
     touched.sort();
     touched.dedup();
@@ -132,6 +132,11 @@ fn copy_slice(
                 batch.put(table, key, value);
             }
             None => batch.delete(table, key),
+        }
+        // half a slice is seen by nobody
+        if bytes - committed >= SLICE_BYTES {
+            target.commit(&std::mem::take(&mut batch))?;
+            committed = bytes;
         }
     }
     let mut copied = 0;
@@ -148,7 +153,7 @@ fn copy_slice(
             let key = Bytes::copy_from_slice(key);
             last = Some(key.clone());
             batch.put(table, key, Bytes::copy_from_slice(value));
-            full = copied >= limit;
+            full = copied >= SLICE_BYTES;
             if full { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })?;
         if last.is_some() {
@@ -199,7 +204,7 @@ impl Lmdb {
         let copied_max = self.store().file_bytes()?.saturating_mul(4).saturating_add(1 << 30);
         let (mut copied, mut unsynced) = (0, 0);
         loop {
-            let slice = copy_slice(&target, &mut position, self.changed()?, SLICE_BYTES)?;
+            let slice = copy_slice(&target, &mut position, self.changed()?)?;
             unsynced += slice.bytes;
             if unsynced >= SYNC_BYTES {
                 target.sync()?;
@@ -212,19 +217,58 @@ impl Lmdb {
             if copied > copied_max {
                 return Err(self.outrun());
             }
-            if self.cancelled.load(Ordering::Acquire) {
-                return Err(EngineError::Cancelled);
+            self.check_cancelled()?;
+        }
+        // all that can be done while commits go on, so that little is left for the switch; those during a
+        // sync may be many, so the last ones are caught up with without
+        let mut caught_up = false;
+        for sync in [true, false] {
+            caught_up = false;
+            for _ in 0..CATCH_UPS_MAX {
+                if sync {
+                    target.sync()?;
+                }
+                caught_up = self.catch_up(&target, &mut position, copied_max)? < CAUGHT_UP_BYTES;
+                if caught_up {
+                    break;
+                }
             }
         }
-        // all that can be done while commits go on, so that little is left for the switch
-        for _ in 0..CATCH_UPS_MAX {
-            target.sync()?;
-            let slice = copy_slice(&target, &mut position, self.changed()?, u64::MAX)?;
-            if slice.bytes < CAUGHT_UP_BYTES {
-                break;
-            }
+        if !caught_up {
+            return Err(self.outrun());
         }
         self.switch(target, generation, position)
+    }
+
+    /// Copies what has been committed since the last slice, slice by slice up to the end; answers the bytes.
+    ///
+    /// # Errors
+    /// As after [`outrun`](Lmdb::outrun) when the end is not reached within `bytes_max`.
+    fn catch_up(
+        &self,
+        target: &Store,
+        position: &mut Position,
+        bytes_max: u64,
+    ) -> Result<u64, EngineError> {
+        let mut bytes = 0;
+        loop {
+            self.check_cancelled()?;
+            let slice = copy_slice(target, position, self.changed()?)?;
+            bytes += slice.bytes;
+            if slice.at_end {
+                return Ok(bytes);
+            }
+            if bytes > bytes_max {
+                return Err(self.outrun());
+            }
+        }
+    }
+
+    fn check_cancelled(&self) -> Result<(), EngineError> {
+        match self.cancelled.load(Ordering::Acquire) {
+            true => Err(EngineError::Cancelled),
+            false => Ok(()),
+        }
     }
 
     fn changed(&self) -> Result<Changed, EngineError> {
@@ -248,8 +292,8 @@ impl Lmdb {
         failed("reclaim space in", self.store().path(), source)
     }
 
-    /// Completes the new file, puts it in the old one's place and answers the size. Commits wait: for the rows
-    /// of the commits since the last slice, and for three syncs.
+    /// Completes the new file, puts it in the old one's place and answers the size. Commits wait: for the few
+    /// rows of the commits since the last slice, and for three syncs.
     fn switch(
         &self,
         target: Store,
@@ -257,8 +301,7 @@ impl Lmdb {
         mut position: Position,
     ) -> Result<u64, EngineError> {
         let mut writer = self.writer.lock();
-        let changed = self.changed_by(&mut writer)?;
-        copy_slice(&target, &mut position, changed, u64::MAX)?;
+        while !copy_slice(&target, &mut position, self.changed_by(&mut writer)?)?.at_end {}
         target.sync()?;
         // its name must be on the disk before the head has it
         sync_dir(&self.dir)?;
@@ -278,5 +321,47 @@ impl Lmdb {
         // views keep it open; what cannot be removed now is removed on opening
         let _ = store::remove(replaced.path());
         Ok(point.file_bytes + HEAD_BYTES)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use engine_api::{Durability, Engine, Options};
+
+    use super::*;
+    use crate::ABOUT;
+
+    const ROWS: u8 = 20;
+
+    fn put_rows(engine: &Lmdb, byte: u8) {
+        for n in 0..ROWS {
+            let mut batch = Batch::default();
+            batch.put(Table::Lease, vec![n], vec![byte; 1 << 20]);
+            engine.commit(&batch, Durability::Buffered).unwrap();
+        }
+    }
+
+    #[test]
+    fn many_changes_are_copied_in_parts() {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = Lmdb::open(dir.path(), &Options::defaults(&ABOUT)).unwrap();
+        put_rows(&engine, 1);
+        let target = Store::create(&dir.path().join("target.mdb"), engine.settings).unwrap();
+        engine.writer.lock().touched = Some(Touched::default());
+        let mut position = Position::default();
+        let error = engine.catch_up(&target, &mut position, SLICE_BYTES).unwrap_err();
+        assert!(error.to_string().contains("commits are faster than the copy"), "{error}");
+        let rest = engine.catch_up(&target, &mut position, u64::MAX).unwrap();
+        assert!(rest > 10 << 20, "{rest} bytes");
+        put_rows(&engine, 2);
+        let transaction = || target.point(1).unwrap().meta.transaction();
+        let before = transaction();
+        assert!(copy_slice(&target, &mut position, engine.changed().unwrap()).unwrap().at_end);
+        let commits = transaction() - before;
+        assert!(commits >= 5, "{commits} commits for 20 MiB");
+        let view = Arc::new(target).view().unwrap();
+        for n in 0..ROWS {
+            assert!(view.get(Table::Lease, &[n]).unwrap().unwrap() == vec![2; 1 << 20], "row {n}");
+        }
     }
 }

@@ -2,9 +2,9 @@
 
 use std::borrow::Cow;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write};
 use std::ops::{Bound, ControlFlow};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering, fence};
@@ -25,8 +25,12 @@ type Rows = Database<'static, heed::types::Bytes, heed::types::Bytes>;
 pub(crate) type Read = RoTxn<'static, WithoutTls>;
 
 /// Read transactions that may be open at once. Each slot is 64 bytes of the lock file; a view takes the
-/// first free one, so those never used cost nothing.
+/// first free one.
 pub(crate) const READERS_MAX: u32 = 8192;
+
+/// What LMDB wants of a lock file: a slot for each reader, and a header of two slots' length before them. Where
+/// its mutexes take more it lengthens the file.
+const LOCK_BYTES: usize = (READERS_MAX as usize + 2) * 64;
 
 /// LMDB's page header: number, padding, flags, and two that a meta page leaves at zero.
 const PAGE_HEADER: usize = 16;
@@ -78,6 +82,27 @@ fn lock_path(path: &Path) -> PathBuf {
 pub(crate) fn remove(path: &Path) -> Result<(), EngineError> {
     remove_if_there(path)?;
     remove_if_there(&lock_path(path))
+}
+
+/// Makes the lock file anew, with all of its blocks. LMDB would make one of a single hole and write to it
+/// through a map, where a full disk is no error but ends the process (SIGBUS): as it opens the file, and
+/// whenever the readers reach another page of it. Zeros are to LMDB what a hole is: it finds nobody else at
+/// the file and begins it.
+fn make_lock_file(path: &Path) -> Result<(), EngineError> {
+    let path = lock_path(path);
+    // the directory is ours alone, so readers noted in it are of a process that was killed
+    remove_if_there(&path)?;
+    let written = File::options()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&path)
+        .and_then(|mut file| file.write_all(&vec![0; LOCK_BYTES]));
+    written.map_err(|error| {
+        // the first error counts; what is left is made anew on opening
+        let _ = remove_if_there(&path);
+        failed("create", &path, error)
+    })
 }
 
 fn read_meta(file: &File, path: &Path, at: u64) -> Result<Meta, EngineError> {
@@ -168,8 +193,7 @@ impl Store {
     }
 
     fn over(path: &Path, settings: Settings) -> Result<Store, EngineError> {
-        // the directory is ours alone, so readers noted in it are of a process that was killed
-        remove_if_there(&lock_path(path))?;
+        make_lock_file(path)?;
         let mut options = EnvOpenOptions::new().read_txn_without_tls();
         options
             .map_size(settings.map_bytes)

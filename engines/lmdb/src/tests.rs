@@ -2,7 +2,7 @@ use bytes::Bytes;
 use std::fs;
 use std::io::ErrorKind;
 use std::ops::{Bound, ControlFlow};
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::process::Command;
 
@@ -422,6 +422,67 @@ fn write_until_the_disk_is_full() {
     println!("durable: {n}");
 }
 
+/// A hole in it would be filled through a map, where a full disk ends the process.
+#[test]
+fn lock_file_has_all_that_lmdb_wants_and_no_hole() {
+    let dir = tempfile::tempdir().unwrap();
+    let synced = |path: &Path| {
+        let file = File::open(path).unwrap();
+        // blocks may be assigned late
+        file.sync_all().unwrap();
+        file.metadata().unwrap()
+    };
+    // some file systems keep no zeros
+    let filled = dir.path().join("filled");
+    fs::write(&filled, vec![0; (store::READERS_MAX as usize + 2) * 64]).unwrap();
+    let filled = synced(&filled);
+    let check = |context: &str| {
+        let mut path = data(dir.path()).into_os_string();
+        path.push("-lock");
+        let lock = synced(Path::new(&path));
+        assert_eq!(lock.len(), filled.len(), "{context}");
+        assert!(lock.blocks() >= filled.blocks(), "{context}: {} blocks", lock.blocks());
+        assert_eq!(lock.mode() & 0o777, 0o600, "{context}");
+    };
+    let engine = open(dir.path());
+    check("new");
+    engine.reclaim().unwrap();
+    check("after reclaim");
+    drop(engine);
+    let _engine = open(dir.path());
+    check("reopened");
+}
+
+#[test]
+fn disk_too_full_for_the_lock_file_is_told() {
+    let dir = tempfile::tempdir().unwrap();
+    // in blocks of 512 bytes or of 1024: either way less than the lock file
+    in_a_limited_process("opening_lacks_room", "trap '' XFSZ; ulimit -f 300", dir.path());
+    let engine = open(dir.path());
+    engine.commit(&numbered(1), Durability::Durable).unwrap();
+    drop(engine);
+    in_a_limited_process("opening_lacks_room", "trap '' XFSZ; ulimit -f 300", dir.path());
+    assert_eq!(check_numbered(&open(dir.path()), "a disk with room"), 1);
+}
+
+#[test]
+#[ignore = "started by disk_too_full_for_the_lock_file_is_told"]
+fn opening_lacks_room() {
+    let Some(dir) = std::env::var_os(CHILD_DIR) else { return };
+    for _ in 0..2 {
+        match error_of(Path::new(&dir)) {
+            EngineError::Io { what, source } => {
+                assert!(what.ends_with(".mdb-lock"), "{what}");
+                assert!(is_full(&source), "{source}");
+            }
+            other => panic!("{other}"),
+        }
+        let left = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().file_name());
+        let left: Vec<_> = left.collect();
+        assert!(left.iter().all(|name| !name.to_string_lossy().ends_with("-lock")), "{left:?}");
+    }
+}
+
 #[test]
 fn reclaim_on_a_full_disk_leaves_the_engine_as_it_was() {
     let dir = tempfile::tempdir().unwrap();
@@ -529,6 +590,42 @@ fn crash_in_the_first_opening_starts_again_and_a_lost_head_does_not() {
     assert!(matches!(error, EngineError::Corrupt { .. }), "{error:?}");
     assert!(error.to_string().contains("the file is missing, but"), "{error}");
     assert!(error.to_string().contains(&head.display().to_string()), "{error}");
+}
+
+/// After a reclaim the state before the newest one is of a file that is gone.
+#[test]
+fn damaged_head_never_costs_the_data_file() {
+    const SLOT_EVERY: u64 = 4096;
+    let dir = tempfile::tempdir().unwrap();
+    {
+        let engine = open(dir.path());
+        engine.commit(&numbered(1), Durability::Durable).unwrap();
+        engine.reclaim().unwrap();
+    }
+    let kept = data(dir.path());
+    let whole = fs::read(dir.path().join(HEAD)).unwrap();
+    let sequence = |slot: u64| {
+        let at = (slot * SLOT_EVERY + 8) as usize;
+        u64::from_le_bytes(whole[at..at + 8].try_into().unwrap())
+    };
+    let first = if sequence(0) > sequence(2) { 0 } else { 2 };
+    let damage = |slots: &[u64]| {
+        let mut damaged = whole.clone();
+        for slot in slots {
+            damaged[(slot * SLOT_EVERY + 20) as usize] ^= 1;
+        }
+        fs::write(dir.path().join(HEAD), damaged).unwrap();
+    };
+    for slot in [first, first + 1] {
+        damage(&[slot]);
+        assert_eq!(check_numbered(&open(dir.path()), "one slot damaged"), 1);
+    }
+    damage(&[first, first + 1]);
+    let error = error_of(dir.path());
+    assert!(error.to_string().contains("the data file is missing"), "{error}");
+    assert_eq!(data(dir.path()), kept);
+    fs::write(dir.path().join(HEAD), &whole).unwrap();
+    assert_eq!(check_numbered(&open(dir.path()), "the head put back"), 1);
 }
 
 /// As when a member installs a database that it was sent, while readers are still at the old one.

@@ -58,11 +58,11 @@ const SYNC_BYTES: u64 = 32 << 20;
 /// sync, so that it is also what a sync has left to do.
 const COPY_CACHE_BYTES: usize = 8 << 20;
 
-/// A slice below this, in bytes, shows that the copy has caught up with the commits.
+/// A round below this, in bytes, shows that the copy has caught up with the commits.
 const CAUGHT_UP_BYTES: u64 = 256 << 10;
 
-/// Slices to catch up before the switch; each is shorter than the one before unless commits are faster than
-/// the copy.
+/// Rounds to catch up before the switch, synced ones and then others; each is shorter than the one before
+/// unless commits are faster than the copy, which then gives up.
 const CATCH_UPS_MAX: usize = 8;
 
 /// Memory for the notes of changed keys. Beyond it commits have outrun the copy, which then gives up.
@@ -169,12 +169,12 @@ struct Slice {
     at_end: bool,
 }
 
-/// Adds one slice to `target`, of rows that hold at most `limit` bytes of memory.
+/// Adds one slice to `target`: what has changed, and further rows that hold at most [`SLICE_BYTES`] of memory.
+/// In memory is no more than twice that, and one row.
 fn copy_slice(
     target: &Store,
     position: &mut Position,
     moment: Moment,
-    limit: u64,
     durability: Durability,
 ) -> Result<Slice, EngineError> {
     let Moment { view, mut touched } = moment;
@@ -182,7 +182,7 @@ fn copy_slice(
     touched.retain(|(table, key)| position.covers(*table, key));
     touched.sort();
     touched.dedup();
-    let mut bytes = 0;
+    let (mut bytes, mut committed) = (0, 0);
     for (table, key) in touched {
         bytes += key.len() as u64 + ROW_OVERHEAD;
         match view.get(table, &key)? {
@@ -191,6 +191,11 @@ fn copy_slice(
                 batch.put(table, key, value);
             }
             None => batch.delete(table, key),
+        }
+        // half a slice is seen by nobody
+        if bytes - committed >= SLICE_BYTES {
+            target.commit(&std::mem::take(&mut batch), Durability::Buffered)?;
+            committed = bytes;
         }
     }
     let mut held = 0;
@@ -209,7 +214,7 @@ fn copy_slice(
             let key = Bytes::copy_from_slice(key);
             last = Some(key.clone());
             batch.put(table, key, Bytes::copy_from_slice(value));
-            full = held >= limit;
+            full = held >= SLICE_BYTES;
             if full { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })?;
         if last.is_some() {
@@ -265,7 +270,7 @@ impl Redb {
             let moment = self.moment(&mut self.writer.lock())?;
             let sync = unsynced >= SYNC_BYTES;
             let durability = if sync { Durability::Durable } else { Durability::Buffered };
-            let slice = copy_slice(&target, &mut position, moment, SLICE_BYTES, durability)?;
+            let slice = copy_slice(&target, &mut position, moment, durability)?;
             unsynced = if sync { 0 } else { unsynced + slice.bytes };
             copied += slice.bytes;
             if slice.at_end {
@@ -284,16 +289,47 @@ impl Redb {
         let (data, new) = (self.dir.join(DATA), self.dir.join(NEW));
         let target = Store::open(&new, &data, self.cache_bytes)?;
         self.cancel.wait_until(pace.started)?;
+        let mut caught_up = false;
         for durability in [Durability::Durable, Durability::Buffered] {
+            caught_up = false;
             for _ in 0..CATCH_UPS_MAX {
-                let moment = self.moment(&mut self.writer.lock())?;
-                let slice = copy_slice(&target, &mut position, moment, u64::MAX, durability)?;
-                if slice.bytes < CAUGHT_UP_BYTES {
+                let bytes = self.catch_up(&target, &mut position, copied_max, durability)?;
+                caught_up = bytes < CAUGHT_UP_BYTES;
+                if caught_up {
                     break;
                 }
             }
         }
+        if !caught_up {
+            return Err(self.outrun());
+        }
         self.switch(target, position)
+    }
+
+    /// Copies what has been committed since the last slice, slice by slice up to the end; answers the bytes.
+    ///
+    /// # Errors
+    /// That of `outrun` when the end is not reached within `bytes_max`.
+    fn catch_up(
+        &self,
+        target: &Store,
+        position: &mut Position,
+        bytes_max: u64,
+        durability: Durability,
+    ) -> Result<u64, EngineError> {
+        let mut bytes = 0;
+        loop {
+            self.cancel.wait_until(Instant::now())?;
+            let moment = self.moment(&mut self.writer.lock())?;
+            let slice = copy_slice(target, position, moment, durability)?;
+            bytes += slice.bytes;
+            if slice.at_end {
+                return Ok(bytes);
+            }
+            if bytes > bytes_max {
+                return Err(self.outrun());
+            }
+        }
     }
 
     /// Everything committed up to now, and what has changed since the last call.
@@ -317,8 +353,12 @@ impl Redb {
     /// rows of the commits since the last slice, two syncs of the file and one of the directory.
     fn switch(&self, target: Store, mut position: Position) -> Result<u64, EngineError> {
         let mut writer = self.writer.lock();
-        let moment = self.moment(&mut writer)?;
-        copy_slice(&target, &mut position, moment, u64::MAX, Durability::Durable)?;
+        loop {
+            let moment = self.moment(&mut writer)?;
+            if copy_slice(&target, &mut position, moment, Durability::Durable)?.at_end {
+                break;
+            }
+        }
         let size = target.size()?;
         let (data, new) = (self.dir.join(DATA), self.dir.join(NEW));
         fs::rename(&new, &data).map_err(|error| failed("rename", &new, error))?;
