@@ -294,7 +294,7 @@ impl Fjall {
             shared.mark.lock().durable(own.number)?;
         }
         if writer.unsealed >= self.memtable_bytes {
-            self.seal(writer);
+            self.seal(writer)?;
         }
         Ok(())
     }
@@ -308,10 +308,15 @@ impl Fjall {
     }
 
     /// Seals all memtables and has them written.
-    fn seal(&self, writer: &mut Writer) {
-        self.shared.seal(writer.own.number);
+    fn seal(&self, writer: &mut Writer) -> Result<(), EngineError> {
+        // What is sealed may be written at any moment, by whoever is writing tables already, and a batch is
+        // then in some tables and in the journal for others: the journal must have it first. So must the
+        // mark, or a journal damaged later could leave a batch in some tables only.
+        self.sync(writer)?;
+        self.shared.seal();
         writer.unsealed = 0;
         writer.behind = true;
+        Ok(())
     }
 
     /// Makes all earlier batches durable.

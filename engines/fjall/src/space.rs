@@ -82,8 +82,7 @@ fn step(engine: &Fjall) -> Result<(), EngineError> {
     engine
         .write(&mut writer, &Batch::default(), Durability::Durable)
         .map_err(|error| engine.shared.poison(error))?;
-    engine.seal(&mut writer);
-    Ok(())
+    engine.seal(&mut writer).map_err(|error| engine.shared.poison(error))
 }
 
 /// Waits for old tables to go, as long as that makes sense.

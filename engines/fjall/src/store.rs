@@ -56,8 +56,6 @@ struct Work {
     flushed: u64,
     /// The trees may want compaction.
     compact: bool,
-    /// The last batch that was sealed.
-    number: u64,
 }
 
 /// The place of a table in [`Table::ALL`].
@@ -114,15 +112,14 @@ impl Shared {
         self.db.supervisor.snapshot_tracker.get_seqno_safe_to_gc()
     }
 
-    /// Seals the memtables of all tables and asks for them to be written; `number` is the last batch. Only
-    /// between two batches.
-    pub(crate) fn seal(&self, number: u64) {
+    /// Seals the memtables of all tables and asks for them to be written. Only between two batches, when
+    /// the journal is synced.
+    pub(crate) fn seal(&self) {
         for keyspace in &self.tables {
             keyspace.tree.rotate_memtable();
         }
         let mut work = self.work.lock();
         work.sealed += 1;
-        work.number = number;
         drop(work);
         self.work_there.notify_all();
     }
@@ -187,9 +184,9 @@ impl Shared {
             if work.stop {
                 return;
             }
-            let (sealed, number) = (work.sealed, work.number);
+            let sealed = work.sealed;
             drop(work);
-            if let Err(error) = self.flush(number) {
+            if let Err(error) = self.flush() {
                 self.poison(error);
                 return;
             }
@@ -201,14 +198,8 @@ impl Shared {
         }
     }
 
-    /// Writes all sealed memtables to tables.
-    fn flush(&self, number: u64) -> Result<(), EngineError> {
-        // A batch may be in some tables and in the journal for others: the journal must have it first. So
-        // must the mark, or a journal damaged later could leave a batch in some tables only.
-        self.db
-            .persist(PersistMode::SyncAll)
-            .map_err(|error| self.convert("sync the journal in", error))?;
-        self.mark.lock().durable(number)?;
+    /// Writes all sealed memtables to tables, also those that are sealed meanwhile.
+    fn flush(&self) -> Result<(), EngineError> {
         for keyspace in &self.tables {
             let lock = keyspace.tree.get_flush_lock();
             let flushed = keyspace.tree.flush(&lock, self.gc_watermark());

@@ -252,6 +252,56 @@ fn torn_ends_of_the_journal_are_cut_between_batches() {
     assert!(found.len() > 10, "seed {seed}: only {found:?}");
 }
 
+/// Memtables that are sealed while earlier ones are written get into the same tables: a power loss must
+/// not take their batches from the journal only.
+#[test]
+fn what_is_written_to_tables_is_synced_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open_small(dir.path());
+    let tables = &engine.shared.tables;
+    let (first, last) = (&tables[0], &tables[tables.len() - 1]);
+    let written = first.tree.get_flush_lock();
+    let journal = newest_journal(dir.path());
+    let padding = Bytes::from(Rng::new(5).bytes(20 << 10));
+    let mut ends = vec![0];
+    let mut commit_until_sealed = |count: usize| {
+        let key = &tables[position(Table::Key)];
+        while key.sealed_memtable_count() < count {
+            let mut batch = numbered(ends.len() as u64);
+            for table in Table::ALL.into_iter().filter(|table| *table != Table::Key) {
+                batch.put(table, "padding", padding.clone());
+            }
+            engine.commit(&batch, Durability::Buffered).unwrap();
+            ends.push(journal::scan(&journal, None).unwrap().end);
+        }
+        ends.len() as u64 - 1
+    };
+    let wait = |what: &str, done: &dyn Fn() -> bool| {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !done() {
+            assert!(Instant::now() < deadline, "{what}");
+            thread::yield_now();
+        }
+    };
+    let durable = || engine.shared.mark.lock().state().durable;
+    let sealed = commit_until_sealed(1);
+    wait("the first generation is not synced", &|| durable() >= sealed);
+    commit_until_sealed(2);
+    // both are written now, to all tables but the last
+    let unwritten = last.tree.get_flush_lock();
+    drop(written);
+    wait("the tables are not written", &|| {
+        tables[..tables.len() - 1].iter().all(|table| table.sealed_memtable_count() == 0)
+    });
+    let synced = durable();
+    let crashed = tempfile::tempdir().unwrap();
+    copy_dir(dir.path(), crashed.path());
+    drop(unwritten);
+    let journal = newest_journal(crashed.path());
+    File::options().write(true).open(journal).unwrap().set_len(ends[synced as usize]).unwrap();
+    assert_eq!(check_numbered(&open_small(crashed.path()), "after power loss"), synced);
+}
+
 /// fjall itself would drop the damaged batch and all behind it without a word.
 #[test]
 fn damage_in_the_middle_of_the_journal_is_noticed() {
