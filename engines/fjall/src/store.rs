@@ -211,7 +211,18 @@ impl Shared {
     /// Has fjall put its books in order: drops what no snapshot holds any more, starts another journal when
     /// this one is large, and removes those that the tables hold all of. It does so when a memtable is
     /// sealed through it: that of our own tree, which every batch has written to.
-    pub(crate) fn turn_over(&self) -> Result<(), EngineError> {
+    fn turn_over(&self) -> Result<(), EngineError> {
+        let mut work = self.work.lock();
+        // fjall's thread syncs the journal and then writes what is sealed by then: one memtable at a time,
+        // or a second one would come between, with numbers of batches that are not in the journal for sure
+        while self.own.sealed_memtable_count() > 0 {
+            if work.stop {
+                return Ok(());
+            }
+            self.check_threads()?;
+            self.work_done.wait_for(&mut work, LOOK_AGAIN);
+        }
+        drop(work);
         self.own.rotate_memtable().map_err(|error| self.convert("start a table in", error))?;
         Ok(())
     }
