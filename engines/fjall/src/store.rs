@@ -11,7 +11,7 @@ use fjall::config::{BloomConstructionPolicy, CompressionPolicy, FilterPolicy, Fi
 use fjall::{
     AbstractTree, CompressionType, Database, Keyspace, KeyspaceCreateOptions, LsmError, PersistMode,
 };
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::journal;
 use crate::mark::Mark;
@@ -151,15 +151,26 @@ impl Shared {
         }
     }
 
-    /// Waits until all that was sealed before is written.
+    /// Waits until all that was sealed before is written. What is sealed meanwhile is not
+    /// waited for: under many commits there is always some.
     pub(crate) fn wait_until_flushed(&self) -> Result<(), EngineError> {
         let mut work = self.work.lock();
         let sealed = work.sealed;
-        while work.flushed < sealed || self.sealed_memtables() > 0 {
-            self.check_poisoned()?;
-            self.check_threads()?;
-            self.work_done.wait_for(&mut work, LOOK_AGAIN);
+        while work.flushed < sealed {
+            self.wait_for_flush(&mut work)?;
         }
+        // the memtable of our own tree was sealed at the end of that, and is written before the next one is
+        let flushed = work.flushed;
+        while work.flushed == flushed && self.own.sealed_memtable_count() > 0 {
+            self.wait_for_flush(&mut work)?;
+        }
+        Ok(())
+    }
+
+    fn wait_for_flush(&self, work: &mut MutexGuard<'_, Work>) -> Result<(), EngineError> {
+        self.check_poisoned()?;
+        self.check_threads()?;
+        self.work_done.wait_for(work, LOOK_AGAIN);
         Ok(())
     }
 

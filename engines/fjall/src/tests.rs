@@ -553,6 +553,32 @@ fn space_really_returns() {
     assert!(empty < 1 << 20, "{empty} bytes for no rows");
 }
 
+/// Commits that go on seal more all the time.
+#[test]
+fn what_is_sealed_later_is_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open_small(dir.path());
+    let key = &engine.shared.tables[position(Table::Key)];
+    let mut n = 0;
+    let mut commit_until = |done: &dyn Fn() -> bool| {
+        while !done() {
+            n += 1;
+            engine.commit(&numbered(n), Durability::Buffered).unwrap();
+        }
+    };
+    let written = key.tree.get_flush_lock();
+    commit_until(&|| key.sealed_memtable_count() > 0);
+    thread::scope(|scope| {
+        let waits = scope.spawn(|| engine.shared.wait_until_flushed());
+        // it has begun to wait, or does so later and finds nothing
+        thread::sleep(Duration::from_millis(50));
+        drop(written);
+        let ever_sealed = || waits.is_finished();
+        commit_until(&ever_sealed);
+        waits.join().unwrap().unwrap();
+    });
+}
+
 #[test]
 fn a_failed_flush_poisons_with_its_reason() {
     let dir = tempfile::tempdir().unwrap();
