@@ -37,6 +37,7 @@ use std::io;
 use std::ops::{Bound, ControlFlow};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
 
 use bytes::Bytes;
@@ -369,6 +370,12 @@ impl Engine for Fjall {
 
     fn reclaim(&self) -> Result<Reclaimed, EngineError> {
         space::reclaim(self)
+    }
+
+    /// The merging of one tree, once begun, goes on to its end: fjall cannot interrupt it. What was merged
+    /// until then stays merged.
+    fn cancel_reclaim(&self) {
+        self.shared.cancelled.store(true, Ordering::Release);
     }
 }
 

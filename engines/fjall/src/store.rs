@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use engine_api::{EngineError, Options, Table};
@@ -39,6 +40,8 @@ pub(crate) struct Shared {
     pub(crate) tables: [Keyspace; Table::ALL.len()],
     pub(crate) own: Keyspace,
     pub(crate) mark: Mutex<Mark>,
+    /// The reclaim that is under way is to end.
+    pub(crate) cancelled: AtomicBool,
     /// Why no commit is possible any more.
     poisoned: OnceLock<String>,
     work: Mutex<Work>,
@@ -74,6 +77,10 @@ impl Shared {
             Some(why) => Err(EngineError::Poisoned(why.clone())),
             None => Ok(()),
         }
+    }
+
+    pub(crate) fn check_cancelled(&self) -> Result<(), EngineError> {
+        if self.cancelled.load(Ordering::Acquire) { Err(EngineError::Cancelled) } else { Ok(()) }
     }
 
     /// Stops the engine unless `error` says that nothing has happened; answers `error`.
@@ -151,8 +158,11 @@ impl Shared {
         }
     }
 
-    /// Waits until all that was sealed before is written. What is sealed meanwhile is not
+    /// Waits until all that was sealed before is written, for a reclaim. What is sealed meanwhile is not
     /// waited for: under many commits there is always some.
+    ///
+    /// # Errors
+    /// `Cancelled` when the reclaim was.
     pub(crate) fn wait_until_flushed(&self) -> Result<(), EngineError> {
         let mut work = self.work.lock();
         let sealed = work.sealed;
@@ -169,6 +179,7 @@ impl Shared {
 
     fn wait_for_flush(&self, work: &mut MutexGuard<'_, Work>) -> Result<(), EngineError> {
         self.check_poisoned()?;
+        self.check_cancelled()?;
         self.check_threads()?;
         self.work_done.wait_for(work, LOOK_AGAIN);
         Ok(())
@@ -409,6 +420,7 @@ pub(crate) fn open(dir: &Path, options: &Options) -> Result<Store, EngineError> 
         tables,
         own,
         mark: Mutex::new(mark),
+        cancelled: AtomicBool::new(false),
         poisoned: OnceLock::new(),
         work: Mutex::default(),
         work_there: Condvar::new(),

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use engine_conformance::{Mirror, Model, Rng};
@@ -577,6 +577,30 @@ fn what_is_sealed_later_is_not_waited_for() {
         commit_until(&ever_sealed);
         waits.join().unwrap().unwrap();
     });
+}
+
+#[test]
+fn a_cancelled_reclaim_answers_so_and_the_engine_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(dir.path());
+    engine.commit(&numbered(1), Durability::Buffered).unwrap();
+    let tree = &engine.shared.tables[position(Table::Key)].tree;
+    // its tables cannot be written, so it waits
+    let written = tree.get_flush_lock();
+    thread::scope(|scope| {
+        let reclaim = scope.spawn(|| engine.reclaim());
+        // a call before it has begun does not count
+        while !reclaim.is_finished() {
+            engine.cancel_reclaim();
+            thread::sleep(Duration::from_millis(1));
+        }
+        let error = reclaim.join().unwrap().unwrap_err();
+        assert!(matches!(error, EngineError::Cancelled), "{error}");
+    });
+    drop(written);
+    engine.commit(&numbered(2), Durability::Durable).unwrap();
+    engine.reclaim().unwrap();
+    assert_eq!(check_numbered(&engine, "after the next reclaim"), 2);
 }
 
 #[test]
