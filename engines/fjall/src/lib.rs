@@ -8,6 +8,7 @@
 //! | `fjall/` | fjall's files: journals, and a tree for each table and one of our own |
 //! | `fjall.new/` | the same in the making (first start); removed on opening |
 //! | `mark` | which batch was durable last |
+//! | `mark.new` | the same in the making (first start) |
 //! | `damaged-tail` | what was cut off a journal that turned out to be damaged |
 //! | `lock` | nothing; locked by the process that has the engine open |
 //!
@@ -54,6 +55,7 @@ use store::{Shared, position};
 const FJALL: &str = "fjall";
 const NEW: &str = "fjall.new";
 const MARK: &str = "mark";
+const MARK_NEW: &str = "mark.new";
 const DAMAGED: &str = "damaged-tail";
 const LOCK: &str = "lock";
 

@@ -441,7 +441,8 @@ fn existing(db: &Database, name: &str, dir: &Path) -> Result<Keyspace, EngineErr
 
 /// Makes an empty database under another name first: a crash leaves either none or a complete one.
 fn create(dir: &Path, compression: &str, cache_bytes: u64) -> Result<(), EngineError> {
-    Mark::create(&dir.join(MARK))?;
+    // with its name before there is anything that needs it
+    Mark::create(dir)?;
     let new = dir.join(NEW);
     let db = database(&new, cache_bytes)?;
     let create = |name: &str| {

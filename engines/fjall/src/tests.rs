@@ -734,6 +734,15 @@ fn unfinished_and_foreign_directories() {
     assert!(!dir.path().join(NEW).exists());
     assert_eq!(check_numbered(&open(dir.path()), "reopened"), 1);
 
+    // a first start that was killed while it made the mark
+    for mark in [vec![], vec![0; 1024], vec![0; 8192]] {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(MARK_NEW), mark).unwrap();
+        open(dir.path()).commit(&numbered(1), Durability::Durable).unwrap();
+        assert!(!dir.path().join(MARK_NEW).exists());
+        assert_eq!(check_numbered(&open(dir.path()), "reopened"), 1);
+    }
+
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join(FJALL), "#!/bin/sh\n").unwrap();
     let error = error_of(dir.path());
@@ -742,7 +751,7 @@ fn unfinished_and_foreign_directories() {
 
     let dir = tempfile::tempdir().unwrap();
     drop(fjall::Database::builder(dir.path().join(FJALL)).open().unwrap());
-    Mark::create(&dir.path().join(MARK)).unwrap();
+    Mark::create(dir.path()).unwrap();
     let error = error_of(dir.path());
     assert!(error.to_string().contains("another program"), "{error}");
 }
