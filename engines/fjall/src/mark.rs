@@ -4,7 +4,8 @@
 //! also where all of it had been synced. The mark tells the two apart: what it names must be found again.
 //!
 //! One file of two sectors, written in turn, so that one of them is whole whatever a crash does to the
-//! other. A sector, numbers little-endian:
+//! other. They are of 4 KiB, the most that disks write at once: two in one would be torn together. A
+//! sector, numbers little-endian, and then zeros:
 //!
 //! `magic 8 | turn 8 | durable 8 | fill.journal 8 | fill.end 8 | fill.number 8 | xxh3 of all before 8`
 //!
@@ -20,8 +21,8 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{MARK, MARK_NEW, failed, sync_dir};
 
-const MAGIC: &[u8; 8] = b"QFJMARK1";
-const SECTOR: usize = 512;
+const MAGIC: &[u8; 8] = b"QFJMARK2";
+const SECTOR: usize = 4096;
 const LEN: usize = 56;
 
 /// Marks written between two syncs of the file.
@@ -178,10 +179,11 @@ mod tests {
                 State { durable: number, fill: Some(fill) }
             );
         }
-        let at = (mark.turn % 2) * SECTOR as u64;
+        // a disk may write, and so tear, 4 KiB at once
+        let at = (mark.turn % 2) * SECTOR as u64 / 4096 * 4096;
         drop(mark);
         let file = File::options().write(true).open(&path).unwrap();
-        file.write_all_at(&[0xff], at + 17).unwrap();
+        file.write_all_at(&[0xff; 4096], at).unwrap();
         assert_eq!(Mark::open(&path).unwrap().state(), State { durable: 10, fill: Some(fill) });
         // and goes on from there
         let mut mark = Mark::open(&path).unwrap();
