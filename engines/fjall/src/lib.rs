@@ -10,6 +10,7 @@
 //! | `mark` | which batch was durable last |
 //! | `mark.new` | the same in the making (first start) |
 //! | `damaged-tail` | what was cut off a journal that turned out to be damaged |
+//! | `damaged-tail.new` | the same in the making |
 //! | `lock` | nothing; locked by the process that has the engine open |
 //!
 //! A batch is one batch of fjall's journal: recovery takes it whole or not at all, with everything before
@@ -57,6 +58,7 @@ const NEW: &str = "fjall.new";
 const MARK: &str = "mark";
 const MARK_NEW: &str = "mark.new";
 const DAMAGED: &str = "damaged-tail";
+const DAMAGED_NEW: &str = "damaged-tail.new";
 const LOCK: &str = "lock";
 
 /// Our own tree.

@@ -17,8 +17,8 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use crate::journal;
 use crate::mark::Mark;
 use crate::{
-    CACHE_BYTES, COMPRESSION, DAMAGED, FJALL, MARK, NEW, OWN, OWN_BATCH, OWN_COMPRESSION, OWN_ID,
-    OwnRow, failed, sync_dir,
+    CACHE_BYTES, COMPRESSION, DAMAGED, DAMAGED_NEW, FJALL, MARK, NEW, OWN, OWN_BATCH,
+    OWN_COMPRESSION, OWN_ID, OwnRow, failed, sync_dir,
 };
 
 /// Runs of tables in the first level from which on commits wait for compaction. fjall itself stops a commit
@@ -403,6 +403,7 @@ pub(crate) fn open(dir: &Path, options: &Options) -> Result<Store, EngineError> 
         ));
     }
     remove_if_there(&dir.join(DAMAGED))?;
+    remove_if_there(&dir.join(DAMAGED_NEW))?;
     let made = own.get(OWN_COMPRESSION).map_err(|error| convert("read", dir, error))?;
     let made = made.as_deref().map(String::from_utf8_lossy).unwrap_or_default();
     if made != compression {
@@ -529,8 +530,7 @@ fn check_journals(dir: &Path, path: &Path, durable: u64) -> Result<Option<String
             if last.is_none_or(|last| last < durable) {
                 // perhaps not just the torn end of what nobody was promised
                 let kept = dir.join(DAMAGED);
-                keep_tail(&journal, scan.end, &kept)
-                    .map_err(|error| failed("keep the end of a journal in", &kept, error))?;
+                keep_tail(&journal, scan.end, dir, &kept)?;
                 note = format!("{note}; {} has the rest", kept.display());
             }
             cut = Some(note);
@@ -542,18 +542,27 @@ fn check_journals(dir: &Path, path: &Path, durable: u64) -> Result<Option<String
     Ok(cut)
 }
 
-fn keep_tail(journal: &Path, from: u64, kept: &Path) -> io::Result<()> {
+/// Copies what follows the last whole batch, under another name first: a crash leaves no part of it that the
+/// next opening would take for all.
+fn keep_tail(journal: &Path, from: u64, dir: &Path, kept: &Path) -> Result<(), EngineError> {
     use std::io::Seek;
 
-    if kept.try_exists()? {
+    if exists(kept)? {
         // the first one tells most
         return Ok(());
     }
-    let mut journal = fs::File::open(journal)?;
-    journal.seek(io::SeekFrom::Start(from))?;
-    let mut file = fs::File::create(kept)?;
-    io::copy(&mut journal, &mut file)?;
-    file.sync_all()
+    let new = dir.join(DAMAGED_NEW);
+    let copy = || {
+        let mut journal = fs::File::open(journal)?;
+        journal.seek(io::SeekFrom::Start(from))?;
+        let mut file = fs::File::create(&new)?;
+        io::copy(&mut journal, &mut file)?;
+        file.sync_all()?;
+        fs::rename(&new, kept)
+    };
+    copy().map_err(|error| failed("keep the end of a journal in", kept, error))?;
+    // before the journal is cut
+    sync_dir(dir)
 }
 
 fn exists(path: &Path) -> Result<bool, EngineError> {

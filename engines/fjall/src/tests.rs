@@ -322,6 +322,9 @@ fn damage_in_the_middle_of_the_journal_is_noticed() {
         let middle = (from + ends[at + 1].0) / 2;
         file.read_exact_at(&mut byte, middle).unwrap();
         file.write_all_at(&[byte[0] ^ 4], middle).unwrap();
+        let tail = fs::read(&journal).unwrap().split_off(from as usize);
+        // of an opening that was killed
+        fs::write(damaged.path().join(DAMAGED_NEW), "half").unwrap();
         for _ in 0..2 {
             let error = error_of(damaged.path());
             assert!(matches!(error, EngineError::Corrupt { .. }), "{error}");
@@ -332,7 +335,8 @@ fn damage_in_the_middle_of_the_journal_is_noticed() {
                 "{text}"
             );
         }
-        assert!(damaged.path().join(DAMAGED).exists());
+        assert!(fs::read(damaged.path().join(DAMAGED)).unwrap() == tail);
+        assert!(!damaged.path().join(DAMAGED_NEW).exists());
     }
     drop(engine);
     assert_eq!(check_numbered(&open(dir.path()), "the original"), 40);
