@@ -8,7 +8,9 @@
 //! | `fjall/` | fjall's files: journals, and a tree for each table and one of our own |
 //! | `fjall.new/` | the same in the making (first start); removed on opening |
 //! | `mark` | which batch was durable last |
+//! | `mark.new` | the same in the making (first start) |
 //! | `damaged-tail` | what was cut off a journal that turned out to be damaged |
+//! | `damaged-tail.new` | the same in the making |
 //! | `lock` | nothing; locked by the process that has the engine open |
 //!
 //! A batch is one batch of fjall's journal: recovery takes it whole or not at all, with everything before
@@ -37,6 +39,7 @@ use std::io;
 use std::ops::{Bound, ControlFlow};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::{self, JoinHandle};
 
 use bytes::Bytes;
@@ -53,7 +56,9 @@ use store::{Shared, position};
 const FJALL: &str = "fjall";
 const NEW: &str = "fjall.new";
 const MARK: &str = "mark";
+const MARK_NEW: &str = "mark.new";
 const DAMAGED: &str = "damaged-tail";
+const DAMAGED_NEW: &str = "damaged-tail.new";
 const LOCK: &str = "lock";
 
 /// Our own tree.
@@ -294,7 +299,7 @@ impl Fjall {
             shared.mark.lock().durable(own.number)?;
         }
         if writer.unsealed >= self.memtable_bytes {
-            self.seal(writer);
+            self.seal(writer)?;
         }
         Ok(())
     }
@@ -308,10 +313,15 @@ impl Fjall {
     }
 
     /// Seals all memtables and has them written.
-    fn seal(&self, writer: &mut Writer) {
-        self.shared.seal(writer.own.number);
+    fn seal(&self, writer: &mut Writer) -> Result<(), EngineError> {
+        // What is sealed may be written at any moment, by whoever is writing tables already, and a batch is
+        // then in some tables and in the journal for others: the journal must have it first. So must the
+        // mark, or a journal damaged later could leave a batch in some tables only.
+        self.sync(writer)?;
+        self.shared.seal();
         writer.unsealed = 0;
         writer.behind = true;
+        Ok(())
     }
 
     /// Makes all earlier batches durable.
@@ -364,6 +374,12 @@ impl Engine for Fjall {
 
     fn reclaim(&self) -> Result<Reclaimed, EngineError> {
         space::reclaim(self)
+    }
+
+    /// The merging of one tree, once begun, goes on to its end: fjall cannot interrupt it. What was merged
+    /// until then stays merged.
+    fn cancel_reclaim(&self) {
+        self.shared.cancelled.store(true, Ordering::Release);
     }
 }
 

@@ -4,24 +4,25 @@
 //! also where all of it had been synced. The mark tells the two apart: what it names must be found again.
 //!
 //! One file of two sectors, written in turn, so that one of them is whole whatever a crash does to the
-//! other. A sector, numbers little-endian:
+//! other. They are of 4 KiB, the most that disks write at once: two in one would be torn together. A
+//! sector, numbers little-endian, and then zeros:
 //!
 //! `magic 8 | turn 8 | durable 8 | fill.journal 8 | fill.end 8 | fill.number 8 | xxh3 of all before 8`
 //!
 //! A durable commit writes the mark after the journal is synced and syncs the mark itself now and then
 //! only: a mark that is older than the truth makes the check weaker, never wrong.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use engine_api::EngineError;
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::failed;
+use crate::{MARK, MARK_NEW, failed, sync_dir};
 
-const MAGIC: &[u8; 8] = b"QFJMARK1";
-const SECTOR: usize = 512;
+const MAGIC: &[u8; 8] = b"QFJMARK2";
+const SECTOR: usize = 4096;
 const LEN: usize = 56;
 
 /// Marks written between two syncs of the file.
@@ -78,20 +79,24 @@ fn decode(bytes: &[u8]) -> Option<(u64, State)> {
 }
 
 impl Mark {
-    /// Makes the file, or replaces it.
-    pub(crate) fn create(path: &Path) -> Result<Self, EngineError> {
+    /// Makes the file in `dir`, or replaces it: under another name first, so that a crash leaves no half one.
+    pub(crate) fn create(dir: &Path) -> Result<Self, EngineError> {
+        let new = dir.join(MARK_NEW);
         let file = File::options()
             .read(true)
             .write(true)
             .create(true)
             .truncate(true)
-            .open(path)
-            .map_err(|error| failed("create", path, error))?;
-        file.set_len(2 * SECTOR as u64).map_err(|error| failed("extend", path, error))?;
+            .open(&new)
+            .map_err(|error| failed("create", &new, error))?;
+        file.set_len(2 * SECTOR as u64).map_err(|error| failed("extend", &new, error))?;
         let state = State::default();
-        let mut mark = Mark { file, path: path.to_path_buf(), turn: 0, state, unsynced: 0 };
+        let mut mark = Mark { file, path: new.clone(), turn: 0, state, unsynced: 0 };
         mark.write(state, true)?;
         mark.write(state, true)?;
+        mark.path = dir.join(MARK);
+        fs::rename(&new, &mark.path).map_err(|error| failed("rename", &new, error))?;
+        sync_dir(dir)?;
         Ok(mark)
     }
 
@@ -163,8 +168,8 @@ mod tests {
     #[test]
     fn a_torn_sector_leaves_the_one_before() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("mark");
-        let mut mark = Mark::create(&path).unwrap();
+        let path = dir.path().join(MARK);
+        let mut mark = Mark::create(dir.path()).unwrap();
         let fill = Fill { journal: 3, end: 4_096, number: 7 };
         mark.fill(Some(fill)).unwrap();
         for number in 8..12 {
@@ -174,10 +179,11 @@ mod tests {
                 State { durable: number, fill: Some(fill) }
             );
         }
-        let at = (mark.turn % 2) * SECTOR as u64;
+        // a disk may write, and so tear, 4 KiB at once
+        let at = (mark.turn % 2) * SECTOR as u64 / 4096 * 4096;
         drop(mark);
         let file = File::options().write(true).open(&path).unwrap();
-        file.write_all_at(&[0xff], at + 17).unwrap();
+        file.write_all_at(&[0xff; 4096], at).unwrap();
         assert_eq!(Mark::open(&path).unwrap().state(), State { durable: 10, fill: Some(fill) });
         // and goes on from there
         let mut mark = Mark::open(&path).unwrap();

@@ -13,6 +13,7 @@ use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
@@ -58,6 +59,7 @@ pub(crate) fn occupied(dir: &Path) -> Result<u64, EngineError> {
 pub(crate) fn reclaim(engine: &Fjall) -> Result<Reclaimed, EngineError> {
     let _turn = engine.reclaiming.lock();
     let shared = &*engine.shared;
+    shared.cancelled.store(false, Ordering::Release);
     shared.check_poisoned()?;
     let before = occupied(&shared.dir)?;
     // before memtables are sealed, so that these hold all of it
@@ -65,6 +67,7 @@ pub(crate) fn reclaim(engine: &Fjall) -> Result<Reclaimed, EngineError> {
     step(engine)?;
     shared.wait_until_flushed()?;
     for keyspace in shared.trees() {
+        shared.check_cancelled()?;
         keyspace.major_compact().map_err(|error| shared.convert("compact tables in", error))?;
     }
     let_go(engine)?;
@@ -82,8 +85,7 @@ fn step(engine: &Fjall) -> Result<(), EngineError> {
     engine
         .write(&mut writer, &Batch::default(), Durability::Durable)
         .map_err(|error| engine.shared.poison(error))?;
-    engine.seal(&mut writer);
-    Ok(())
+    engine.seal(&mut writer).map_err(|error| engine.shared.poison(error))
 }
 
 /// Waits for old tables to go, as long as that makes sense.
@@ -91,6 +93,7 @@ fn let_go(engine: &Fjall) -> Result<(), EngineError> {
     let shared = &*engine.shared;
     for pause in LET_GO_AFTER {
         thread::sleep(pause);
+        shared.check_cancelled()?;
         step(engine)?;
         shared.wait_until_flushed()?;
         if shared.tables.iter().all(|keyspace| keyspace.tree.version_free_list_len() == 0) {

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use engine_api::{EngineError, Options, Table};
@@ -11,13 +12,13 @@ use fjall::config::{BloomConstructionPolicy, CompressionPolicy, FilterPolicy, Fi
 use fjall::{
     AbstractTree, CompressionType, Database, Keyspace, KeyspaceCreateOptions, LsmError, PersistMode,
 };
-use parking_lot::{Condvar, Mutex};
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::journal;
 use crate::mark::Mark;
 use crate::{
-    CACHE_BYTES, COMPRESSION, DAMAGED, FJALL, MARK, NEW, OWN, OWN_BATCH, OWN_COMPRESSION, OWN_ID,
-    OwnRow, failed, sync_dir,
+    CACHE_BYTES, COMPRESSION, DAMAGED, DAMAGED_NEW, FJALL, MARK, NEW, OWN, OWN_BATCH,
+    OWN_COMPRESSION, OWN_ID, OwnRow, failed, sync_dir,
 };
 
 /// Runs of tables in the first level from which on commits wait for compaction. fjall itself stops a commit
@@ -39,6 +40,8 @@ pub(crate) struct Shared {
     pub(crate) tables: [Keyspace; Table::ALL.len()],
     pub(crate) own: Keyspace,
     pub(crate) mark: Mutex<Mark>,
+    /// The reclaim that is under way is to end.
+    pub(crate) cancelled: AtomicBool,
     /// Why no commit is possible any more.
     poisoned: OnceLock<String>,
     work: Mutex<Work>,
@@ -56,8 +59,6 @@ struct Work {
     flushed: u64,
     /// The trees may want compaction.
     compact: bool,
-    /// The last batch that was sealed.
-    number: u64,
 }
 
 /// The place of a table in [`Table::ALL`].
@@ -76,6 +77,10 @@ impl Shared {
             Some(why) => Err(EngineError::Poisoned(why.clone())),
             None => Ok(()),
         }
+    }
+
+    pub(crate) fn check_cancelled(&self) -> Result<(), EngineError> {
+        if self.cancelled.load(Ordering::Acquire) { Err(EngineError::Cancelled) } else { Ok(()) }
     }
 
     /// Stops the engine unless `error` says that nothing has happened; answers `error`.
@@ -114,15 +119,14 @@ impl Shared {
         self.db.supervisor.snapshot_tracker.get_seqno_safe_to_gc()
     }
 
-    /// Seals the memtables of all tables and asks for them to be written; `number` is the last batch. Only
-    /// between two batches.
-    pub(crate) fn seal(&self, number: u64) {
+    /// Seals the memtables of all tables and asks for them to be written. Only between two batches, when
+    /// the journal is synced.
+    pub(crate) fn seal(&self) {
         for keyspace in &self.tables {
             keyspace.tree.rotate_memtable();
         }
         let mut work = self.work.lock();
         work.sealed += 1;
-        work.number = number;
         drop(work);
         self.work_there.notify_all();
     }
@@ -154,15 +158,30 @@ impl Shared {
         }
     }
 
-    /// Waits until all that was sealed before is written.
+    /// Waits until all that was sealed before is written, for a reclaim. What is sealed meanwhile is not
+    /// waited for: under many commits there is always some.
+    ///
+    /// # Errors
+    /// `Cancelled` when the reclaim was.
     pub(crate) fn wait_until_flushed(&self) -> Result<(), EngineError> {
         let mut work = self.work.lock();
         let sealed = work.sealed;
-        while work.flushed < sealed || self.sealed_memtables() > 0 {
-            self.check_poisoned()?;
-            self.check_threads()?;
-            self.work_done.wait_for(&mut work, LOOK_AGAIN);
+        while work.flushed < sealed {
+            self.wait_for_flush(&mut work)?;
         }
+        // the memtable of our own tree was sealed at the end of that, and is written before the next one is
+        let flushed = work.flushed;
+        while work.flushed == flushed && self.own.sealed_memtable_count() > 0 {
+            self.wait_for_flush(&mut work)?;
+        }
+        Ok(())
+    }
+
+    fn wait_for_flush(&self, work: &mut MutexGuard<'_, Work>) -> Result<(), EngineError> {
+        self.check_poisoned()?;
+        self.check_cancelled()?;
+        self.check_threads()?;
+        self.work_done.wait_for(work, LOOK_AGAIN);
         Ok(())
     }
 
@@ -187,9 +206,9 @@ impl Shared {
             if work.stop {
                 return;
             }
-            let (sealed, number) = (work.sealed, work.number);
+            let sealed = work.sealed;
             drop(work);
-            if let Err(error) = self.flush(number) {
+            if let Err(error) = self.flush() {
                 self.poison(error);
                 return;
             }
@@ -201,14 +220,8 @@ impl Shared {
         }
     }
 
-    /// Writes all sealed memtables to tables.
-    fn flush(&self, number: u64) -> Result<(), EngineError> {
-        // A batch may be in some tables and in the journal for others: the journal must have it first. So
-        // must the mark, or a journal damaged later could leave a batch in some tables only.
-        self.db
-            .persist(PersistMode::SyncAll)
-            .map_err(|error| self.convert("sync the journal in", error))?;
-        self.mark.lock().durable(number)?;
+    /// Writes all sealed memtables to tables, also those that are sealed meanwhile.
+    fn flush(&self) -> Result<(), EngineError> {
         for keyspace in &self.tables {
             let lock = keyspace.tree.get_flush_lock();
             let flushed = keyspace.tree.flush(&lock, self.gc_watermark());
@@ -220,7 +233,18 @@ impl Shared {
     /// Has fjall put its books in order: drops what no snapshot holds any more, starts another journal when
     /// this one is large, and removes those that the tables hold all of. It does so when a memtable is
     /// sealed through it: that of our own tree, which every batch has written to.
-    pub(crate) fn turn_over(&self) -> Result<(), EngineError> {
+    fn turn_over(&self) -> Result<(), EngineError> {
+        let mut work = self.work.lock();
+        // fjall's thread syncs the journal and then writes what is sealed by then: one memtable at a time,
+        // or a second one would come between, with numbers of batches that are not in the journal for sure
+        while self.own.sealed_memtable_count() > 0 {
+            if work.stop {
+                return Ok(());
+            }
+            self.check_threads()?;
+            self.work_done.wait_for(&mut work, LOOK_AGAIN);
+        }
+        drop(work);
         self.own.rotate_memtable().map_err(|error| self.convert("start a table in", error))?;
         Ok(())
     }
@@ -379,6 +403,7 @@ pub(crate) fn open(dir: &Path, options: &Options) -> Result<Store, EngineError> 
         ));
     }
     remove_if_there(&dir.join(DAMAGED))?;
+    remove_if_there(&dir.join(DAMAGED_NEW))?;
     let made = own.get(OWN_COMPRESSION).map_err(|error| convert("read", dir, error))?;
     let made = made.as_deref().map(String::from_utf8_lossy).unwrap_or_default();
     if made != compression {
@@ -396,6 +421,7 @@ pub(crate) fn open(dir: &Path, options: &Options) -> Result<Store, EngineError> 
         tables,
         own,
         mark: Mutex::new(mark),
+        cancelled: AtomicBool::new(false),
         poisoned: OnceLock::new(),
         work: Mutex::default(),
         work_there: Condvar::new(),
@@ -416,7 +442,8 @@ fn existing(db: &Database, name: &str, dir: &Path) -> Result<Keyspace, EngineErr
 
 /// Makes an empty database under another name first: a crash leaves either none or a complete one.
 fn create(dir: &Path, compression: &str, cache_bytes: u64) -> Result<(), EngineError> {
-    Mark::create(&dir.join(MARK))?;
+    // with its name before there is anything that needs it
+    Mark::create(dir)?;
     let new = dir.join(NEW);
     let db = database(&new, cache_bytes)?;
     let create = |name: &str| {
@@ -503,8 +530,7 @@ fn check_journals(dir: &Path, path: &Path, durable: u64) -> Result<Option<String
             if last.is_none_or(|last| last < durable) {
                 // perhaps not just the torn end of what nobody was promised
                 let kept = dir.join(DAMAGED);
-                keep_tail(&journal, scan.end, &kept)
-                    .map_err(|error| failed("keep the end of a journal in", &kept, error))?;
+                keep_tail(&journal, scan.end, dir, &kept)?;
                 note = format!("{note}; {} has the rest", kept.display());
             }
             cut = Some(note);
@@ -516,18 +542,27 @@ fn check_journals(dir: &Path, path: &Path, durable: u64) -> Result<Option<String
     Ok(cut)
 }
 
-fn keep_tail(journal: &Path, from: u64, kept: &Path) -> io::Result<()> {
+/// Copies what follows the last whole batch, under another name first: a crash leaves no part of it that the
+/// next opening would take for all.
+fn keep_tail(journal: &Path, from: u64, dir: &Path, kept: &Path) -> Result<(), EngineError> {
     use std::io::Seek;
 
-    if kept.try_exists()? {
+    if exists(kept)? {
         // the first one tells most
         return Ok(());
     }
-    let mut journal = fs::File::open(journal)?;
-    journal.seek(io::SeekFrom::Start(from))?;
-    let mut file = fs::File::create(kept)?;
-    io::copy(&mut journal, &mut file)?;
-    file.sync_all()
+    let new = dir.join(DAMAGED_NEW);
+    let copy = || {
+        let mut journal = fs::File::open(journal)?;
+        journal.seek(io::SeekFrom::Start(from))?;
+        let mut file = fs::File::create(&new)?;
+        io::copy(&mut journal, &mut file)?;
+        file.sync_all()?;
+        fs::rename(&new, kept)
+    };
+    copy().map_err(|error| failed("keep the end of a journal in", kept, error))?;
+    // before the journal is cut
+    sync_dir(dir)
 }
 
 fn exists(path: &Path) -> Result<bool, EngineError> {

@@ -1,7 +1,7 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use engine_conformance::{Mirror, Model, Rng};
@@ -252,6 +252,56 @@ fn torn_ends_of_the_journal_are_cut_between_batches() {
     assert!(found.len() > 10, "seed {seed}: only {found:?}");
 }
 
+/// Memtables that are sealed while earlier ones are written get into the same tables: a power loss must
+/// not take their batches from the journal only.
+#[test]
+fn what_is_written_to_tables_is_synced_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open_small(dir.path());
+    let tables = &engine.shared.tables;
+    let (first, last) = (&tables[0], &tables[tables.len() - 1]);
+    let written = first.tree.get_flush_lock();
+    let journal = newest_journal(dir.path());
+    let padding = Bytes::from(Rng::new(5).bytes(20 << 10));
+    let mut ends = vec![0];
+    let mut commit_until_sealed = |count: usize| {
+        let key = &tables[position(Table::Key)];
+        while key.sealed_memtable_count() < count {
+            let mut batch = numbered(ends.len() as u64);
+            for table in Table::ALL.into_iter().filter(|table| *table != Table::Key) {
+                batch.put(table, "padding", padding.clone());
+            }
+            engine.commit(&batch, Durability::Buffered).unwrap();
+            ends.push(journal::scan(&journal, None).unwrap().end);
+        }
+        ends.len() as u64 - 1
+    };
+    let wait = |what: &str, done: &dyn Fn() -> bool| {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while !done() {
+            assert!(Instant::now() < deadline, "{what}");
+            thread::yield_now();
+        }
+    };
+    let durable = || engine.shared.mark.lock().state().durable;
+    let sealed = commit_until_sealed(1);
+    wait("the first generation is not synced", &|| durable() >= sealed);
+    commit_until_sealed(2);
+    // both are written now, to all tables but the last
+    let unwritten = last.tree.get_flush_lock();
+    drop(written);
+    wait("the tables are not written", &|| {
+        tables[..tables.len() - 1].iter().all(|table| table.sealed_memtable_count() == 0)
+    });
+    let synced = durable();
+    let crashed = tempfile::tempdir().unwrap();
+    copy_dir(dir.path(), crashed.path());
+    drop(unwritten);
+    let journal = newest_journal(crashed.path());
+    File::options().write(true).open(journal).unwrap().set_len(ends[synced as usize]).unwrap();
+    assert_eq!(check_numbered(&open_small(crashed.path()), "after power loss"), synced);
+}
+
 /// fjall itself would drop the damaged batch and all behind it without a word.
 #[test]
 fn damage_in_the_middle_of_the_journal_is_noticed() {
@@ -272,6 +322,9 @@ fn damage_in_the_middle_of_the_journal_is_noticed() {
         let middle = (from + ends[at + 1].0) / 2;
         file.read_exact_at(&mut byte, middle).unwrap();
         file.write_all_at(&[byte[0] ^ 4], middle).unwrap();
+        let tail = fs::read(&journal).unwrap().split_off(from as usize);
+        // of an opening that was killed
+        fs::write(damaged.path().join(DAMAGED_NEW), "half").unwrap();
         for _ in 0..2 {
             let error = error_of(damaged.path());
             assert!(matches!(error, EngineError::Corrupt { .. }), "{error}");
@@ -282,7 +335,8 @@ fn damage_in_the_middle_of_the_journal_is_noticed() {
                 "{text}"
             );
         }
-        assert!(damaged.path().join(DAMAGED).exists());
+        assert!(fs::read(damaged.path().join(DAMAGED)).unwrap() == tail);
+        assert!(!damaged.path().join(DAMAGED_NEW).exists());
     }
     drop(engine);
     assert_eq!(check_numbered(&open(dir.path()), "the original"), 40);
@@ -503,6 +557,56 @@ fn space_really_returns() {
     assert!(empty < 1 << 20, "{empty} bytes for no rows");
 }
 
+/// Commits that go on seal more all the time.
+#[test]
+fn what_is_sealed_later_is_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open_small(dir.path());
+    let key = &engine.shared.tables[position(Table::Key)];
+    let mut n = 0;
+    let mut commit_until = |done: &dyn Fn() -> bool| {
+        while !done() {
+            n += 1;
+            engine.commit(&numbered(n), Durability::Buffered).unwrap();
+        }
+    };
+    let written = key.tree.get_flush_lock();
+    commit_until(&|| key.sealed_memtable_count() > 0);
+    thread::scope(|scope| {
+        let waits = scope.spawn(|| engine.shared.wait_until_flushed());
+        // it has begun to wait, or does so later and finds nothing
+        thread::sleep(Duration::from_millis(50));
+        drop(written);
+        let ever_sealed = || waits.is_finished();
+        commit_until(&ever_sealed);
+        waits.join().unwrap().unwrap();
+    });
+}
+
+#[test]
+fn a_cancelled_reclaim_answers_so_and_the_engine_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open(dir.path());
+    engine.commit(&numbered(1), Durability::Buffered).unwrap();
+    let tree = &engine.shared.tables[position(Table::Key)].tree;
+    // its tables cannot be written, so it waits
+    let written = tree.get_flush_lock();
+    thread::scope(|scope| {
+        let reclaim = scope.spawn(|| engine.reclaim());
+        // a call before it has begun does not count
+        while !reclaim.is_finished() {
+            engine.cancel_reclaim();
+            thread::sleep(Duration::from_millis(1));
+        }
+        let error = reclaim.join().unwrap().unwrap_err();
+        assert!(matches!(error, EngineError::Cancelled), "{error}");
+    });
+    drop(written);
+    engine.commit(&numbered(2), Durability::Durable).unwrap();
+    engine.reclaim().unwrap();
+    assert_eq!(check_numbered(&engine, "after the next reclaim"), 2);
+}
+
 #[test]
 fn a_failed_flush_poisons_with_its_reason() {
     let dir = tempfile::tempdir().unwrap();
@@ -634,6 +738,15 @@ fn unfinished_and_foreign_directories() {
     assert!(!dir.path().join(NEW).exists());
     assert_eq!(check_numbered(&open(dir.path()), "reopened"), 1);
 
+    // a first start that was killed while it made the mark
+    for mark in [vec![], vec![0; 1024], vec![0; 8192]] {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(MARK_NEW), mark).unwrap();
+        open(dir.path()).commit(&numbered(1), Durability::Durable).unwrap();
+        assert!(!dir.path().join(MARK_NEW).exists());
+        assert_eq!(check_numbered(&open(dir.path()), "reopened"), 1);
+    }
+
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join(FJALL), "#!/bin/sh\n").unwrap();
     let error = error_of(dir.path());
@@ -642,7 +755,7 @@ fn unfinished_and_foreign_directories() {
 
     let dir = tempfile::tempdir().unwrap();
     drop(fjall::Database::builder(dir.path().join(FJALL)).open().unwrap());
-    Mark::create(&dir.path().join(MARK)).unwrap();
+    Mark::create(dir.path()).unwrap();
     let error = error_of(dir.path());
     assert!(error.to_string().contains("another program"), "{error}");
 }
