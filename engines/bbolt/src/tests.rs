@@ -685,7 +685,83 @@ fn random_batch(rng: &mut Rng, rows: &mut BTreeMap<Vec<u8>, Vec<u8>>, table: Tab
             batch.delete(table, key);
         }
     }
+    if rng.one_in(3) {
+        // keys of which few fit into a branch: the tree is deep, and a run of them leaves little of it
+        let from = rng.below(200);
+        let run = (from..from + rng.below(100)).map(long_key);
+        if growing {
+            for key in run {
+                let value = rng.bytes(3_000);
+                rows.insert(key.clone(), value.clone());
+                batch.put(table, key, value);
+            }
+        } else {
+            for key in run {
+                rows.remove(&key);
+                batch.delete(table, key);
+            }
+        }
+    }
     batch
+}
+
+/// Four of them fit into a branch, and one with 3000 bytes of value into a leaf.
+fn long_key(n: u64) -> Vec<u8> {
+    let mut key = n.to_be_bytes().to_vec();
+    key.resize(1_000, 0xff);
+    key
+}
+
+/// bbolt panics when it takes its only child away from a branch.
+#[test]
+fn no_branch_is_left_with_a_single_child() {
+    for (from, to) in [(1, 16), (1, 64), (0, 63), (17, 48), (2, 62), (31, 33)] {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = open(dir.path());
+        let mut batch = Batch::default();
+        (0..64).for_each(|n| batch.put(Table::Lease, long_key(n), vec![0; 3_000]));
+        engine.commit(&batch, Durability::Durable).unwrap();
+        let mut batch = Batch::default();
+        (from..to).for_each(|n| batch.delete(Table::Lease, long_key(n)));
+        engine.commit(&batch, Durability::Durable).unwrap();
+        let checked = engine.check().unwrap_or_else(|error| panic!("{from}..{to}: {error}"));
+        assert_eq!(checked.rows, 64 - (to - from), "{from}..{to}");
+    }
+}
+
+/// Many random trees of keys of which few fit into a branch.
+#[test]
+fn deep_trees_stay_in_order_under_deletes_of_runs() {
+    let seed = seed();
+    let mut rng = Rng::new(seed);
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open_small(dir.path(), false);
+    let mut rows = BTreeMap::new();
+    for step in 0..400 {
+        let context = format!("seed {seed}, step {step}");
+        let mut batch = Batch::default();
+        for _ in 0..1 + rng.below(4) {
+            let from = rng.below(200);
+            let longest = if rng.one_in(4) { 150 } else { 20 };
+            let run = from..from + 1 + rng.below(longest);
+            let filling = rng.one_in(2);
+            for key in run.map(long_key) {
+                if filling {
+                    let len = if rng.one_in(3) { rng.below(100) } else { 3_000 };
+                    let value = rng.bytes(len as usize);
+                    rows.insert(key.clone(), value.clone());
+                    batch.put(Table::Lease, key, value);
+                } else {
+                    rows.remove(&key);
+                    batch.delete(Table::Lease, key);
+                }
+            }
+        }
+        engine.commit(&batch, Durability::Buffered).unwrap();
+        let checked = engine.check().unwrap_or_else(|error| panic!("{context}: {error}"));
+        assert_eq!(checked.rows, rows.len() as u64, "{context}");
+        assert_rows(&*engine.view().unwrap(), &rows, &context);
+    }
 }
 
 #[test]
