@@ -199,6 +199,18 @@ impl Store {
         Ok(())
     }
 
+    /// Makes a meta page that was read durable. Whoever wrote it may have died before its sync: then it is only in the
+    /// system's cache, and the disk may still lead to the version before, whose pages are free by what was read. It is
+    /// written again because a page that the system once failed to write counts as clean; what it leads to was synced
+    /// before it was written.
+    fn settle_meta(&self, meta_page: u64) -> Result<(), EngineError> {
+        let at = meta_page * self.page_bytes as u64;
+        let mut page = vec![0; self.page_bytes];
+        self.read(&mut page, at)?;
+        self.disk.write_at(&[&page], at).map_err(|error| self.io("write", error))?;
+        self.disk.sync().map_err(|error| self.io("sync", error))
+    }
+
     /// The versions that somebody sees, ascending.
     fn pinned(&self) -> Vec<u64> {
         self.pins.lock().keys().copied().collect()
@@ -310,6 +322,7 @@ impl Committer {
                  {page_bytes} bytes"
             )));
         }
+        store.settle_meta(meta_page)?;
         let store = Arc::new(store);
         let mut version = Version { number: 0, root, sequence, pages, buckets: Default::default() };
         read_buckets(&store, &mut version)?;

@@ -329,6 +329,99 @@ fn power_loss_at_any_operation_with_a_freelist_keeps_what_was_durable() {
     power_loss_keeps_what_was_durable(true);
 }
 
+/// What the system's cache holds after `record`: the file that has the name [`DATA`], if there is one.
+fn cached(record: &[DiskOp]) -> Option<(usize, Vec<u8>)> {
+    let mut names: HashMap<PathBuf, usize> = HashMap::new();
+    let mut images: HashMap<usize, Vec<u8>> = HashMap::new();
+    for op in record {
+        match op {
+            DiskOp::Create { file, path } => drop(names.insert(path.clone(), *file)),
+            DiskOp::Rename { from, to } => {
+                let file = names.remove(from).unwrap();
+                names.insert(to.clone(), file);
+            }
+            DiskOp::SetLen { file, len } => {
+                images.entry(*file).or_default().resize(*len as usize, 0)
+            }
+            DiskOp::Write { file, at, data } => {
+                let image = images.entry(*file).or_default();
+                let end = *at as usize + data.len();
+                image.resize(image.len().max(end), 0);
+                image[*at as usize..end].copy_from_slice(data);
+            }
+            DiskOp::Sync { .. } | DiskOp::SyncDir => {}
+        }
+    }
+    let (_, file) = names.into_iter().find(|(path, _)| path.ends_with(DATA))?;
+    Some((file, images.remove(&file)?))
+}
+
+/// A process is killed before it syncs a meta page or a name; the next one goes on with what the system's
+/// cache holds, until the power fails.
+#[test]
+fn power_loss_after_a_kill_keeps_what_was_durable() {
+    let seed = seed();
+    let mut rng = Rng::new(seed);
+    let (dir, crashed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (engine, recorder) = recorded(dir.path(), &small(false));
+    // (operations recorded when it was acknowledged, number)
+    let mut first_durable = vec![(0, 0)];
+    for n in 1..=12 {
+        engine.commit(&numbered(n), Durability::Durable).unwrap();
+        first_durable.push((recorder.recorded(), n));
+        if n % 5 == 0 {
+            engine.reclaim().unwrap();
+        }
+    }
+    let first = std::mem::take(&mut *recorder.record.lock());
+    let meta_or_name = |op: &DiskOp| match op {
+        DiskOp::Write { at, .. } => *at <= PAGE_BYTES as u64,
+        DiskOp::Rename { .. } => true,
+        _ => false,
+    };
+    let kills = (1..first.len()).filter(|at| meta_or_name(&first[at - 1]));
+    let mut killed = 0;
+    for kill in kills {
+        let Some((file, image)) = cached(&first[..kill]) else { continue };
+        killed += 1;
+        let next_dir = tempfile::tempdir().unwrap();
+        fs::write(next_dir.path().join(DATA), image).unwrap();
+        let (engine, recorder) = recorded(next_dir.path(), &small(false));
+        let found = check_numbered(&engine, "after a kill");
+        let mut durable = first_durable.clone();
+        durable.retain(|(at, _)| *at <= kill);
+        // the first operation is the opening itself
+        let recorded_to = |recorder: &Recorder| kill + recorder.recorded() - 1;
+        durable.push((recorded_to(&recorder), found));
+        for n in found + 1..found + 4 {
+            engine.commit(&numbered(n), Durability::Durable).unwrap();
+            durable.push((recorded_to(&recorder), n));
+        }
+        let mut record = first[..kill].to_vec();
+        record.extend(recorder.record.lock().drain(..).skip(1).map(|op| match op {
+            DiskOp::Write { at, data, .. } => DiskOp::Write { file, at, data },
+            DiskOp::SetLen { len, .. } => DiskOp::SetLen { file, len },
+            DiskOp::Sync { .. } => DiskOp::Sync { file },
+            other => other,
+        }));
+        for end in kill..=record.len() {
+            for round in 0..3 {
+                power_loss(&record, end, &mut rng, crashed.path());
+                let context = format!("seed {seed}, killed at {kill}, crash {round} at {end}");
+                let survivor = try_open(crashed.path(), &small(false))
+                    .unwrap_or_else(|error| panic!("{context}: {error}"));
+                let n = check_numbered(&survivor, &context);
+                let (_, acknowledged) = durable[durable.partition_point(|(at, _)| *at <= end) - 1];
+                assert!(
+                    n >= acknowledged,
+                    "{context}: {n} is the last, {acknowledged} was durable"
+                );
+            }
+        }
+    }
+    assert!(killed > 12, "only {killed} kills");
+}
+
 /// A copy of the file of an engine that is still open is what a killed process leaves.
 #[test]
 fn a_kill_leaves_the_last_durable_commit() {
