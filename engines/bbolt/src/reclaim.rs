@@ -230,16 +230,14 @@ impl Bbolt {
             if copied > copied_max {
                 return Err(self.outrun());
             }
-            if self.cancelled.load(Ordering::Acquire) {
-                return Err(EngineError::Cancelled);
-            }
+            self.check_cancelled()?;
         }
-        // all that can be done while commits go on, so that little is left for the switch; opening the file
-        // again, under the name that it will have, shows that it is whole
+        // all that can be done while commits go on, so that little is left for the switch
         target.flush()?;
-        let mut target = Committer::open(target.into_disk(), &data, self.settings)?;
+        target.rename(&data);
         for durability in [Durability::Durable, Durability::Buffered] {
             for _ in 0..CATCH_UPS_MAX {
+                self.check_cancelled()?;
                 let moment = self.moment(&mut self.writer.lock())?;
                 let slice = copy_slice(&mut target, &mut position, moment, u64::MAX, durability)?;
                 if slice.bytes < CAUGHT_UP_BYTES {
@@ -248,6 +246,10 @@ impl Bbolt {
             }
         }
         self.switch(target, position)
+    }
+
+    fn check_cancelled(&self) -> Result<(), EngineError> {
+        if self.cancelled.load(Ordering::Acquire) { Err(EngineError::Cancelled) } else { Ok(()) }
     }
 
     /// Everything committed up to now, and what has changed since the last call.

@@ -352,9 +352,10 @@ impl Committer {
         Ok(committer)
     }
 
-    /// Gives the file back, of which nobody has a snapshot.
-    pub(crate) fn into_disk(self) -> Box<dyn Disk> {
-        Arc::into_inner(self.store).expect("no snapshots of a file in the making").disk
+    /// Errors call the file `path` from now on. Nobody has a snapshot of it yet.
+    pub(crate) fn rename(&mut self, path: &Path) {
+        let store = Arc::get_mut(&mut self.store).expect("no snapshots of a file in the making");
+        store.path = path.to_path_buf();
     }
 
     pub(crate) fn store(&self) -> &Arc<Store> {

@@ -3,6 +3,7 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Weak;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 
 use engine_conformance::{Mirror, Model, Rng, undisturbed};
@@ -104,6 +105,9 @@ struct Recorder {
     /// Writes that still succeed before the disk is full; negative: it never is.
     writes_left: AtomicI64,
     sync_fails: AtomicBool,
+    bytes_read: AtomicUsize,
+    /// Whose reclaim is cancelled as soon as its file is there.
+    cancels: OnceLock<Weak<Bbolt>>,
 }
 
 impl Recorder {
@@ -113,6 +117,8 @@ impl Recorder {
             record: Mutex::default(),
             writes_left: AtomicI64::new(-1),
             sync_fails: AtomicBool::new(false),
+            bytes_read: AtomicUsize::new(0),
+            cancels: OnceLock::new(),
         })
     }
 
@@ -134,6 +140,9 @@ impl Files for Recorded {
     fn open(&self, path: &Path, create: bool) -> io::Result<Option<Box<dyn Disk>>> {
         let Some(disk) = OsFiles.open(path, create)? else { return Ok(None) };
         let recorder = Arc::clone(&self.0);
+        if let Some(engine) = recorder.cancels.get().and_then(Weak::upgrade) {
+            engine.cancel_reclaim();
+        }
         let file = recorder.files.fetch_add(1, Ordering::AcqRel);
         recorder.record.lock().push(DiskOp::Create { file, path: path.to_path_buf() });
         Ok(Some(Box::new(RecordedDisk { disk, file, recorder })))
@@ -159,7 +168,9 @@ impl Disk for RecordedDisk {
     }
 
     fn read_at(&self, buffer: &mut [u8], at: u64) -> io::Result<usize> {
-        self.disk.read_at(buffer, at)
+        let read = self.disk.read_at(buffer, at)?;
+        self.recorder.bytes_read.fetch_add(read, Ordering::AcqRel);
+        Ok(read)
     }
 
     fn write_at(&self, parts: &[&[u8]], at: u64) -> io::Result<()> {
@@ -521,6 +532,38 @@ fn reclaim_on_a_full_disk_leaves_the_engine_as_it_was() {
     assert!((3..10).contains(&failures), "{failures} failures");
     drop(engine);
     assert_eq!(check_numbered(&open(dir.path()), "reopened"), 40);
+}
+
+/// Commits go on meanwhile, and would leave more and more to catch up with.
+#[test]
+fn reclaim_does_not_read_its_copy_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (engine, recorder) = recorded(dir.path(), &Options::defaults(&ABOUT));
+    let mut batch = Batch::default();
+    (0..2_000_u64).for_each(|n| batch.put(Table::Key, n.to_be_bytes().to_vec(), vec![1; 3_000]));
+    engine.commit(&batch, Durability::Durable).unwrap();
+    let before = recorder.bytes_read.load(Ordering::Acquire);
+    let reclaimed = engine.reclaim().unwrap();
+    assert!(reclaimed.after > 6_000_000, "{reclaimed:?}");
+    // the old file is in the cache
+    let read = recorder.bytes_read.load(Ordering::Acquire) - before;
+    assert!(read < 100_000, "{read} bytes read");
+    engine.check().unwrap();
+    let damaged = engine.snapshot().store.damaged(7, PageDamage::Empty);
+    assert!(damaged.to_string().contains("/db, page 7"), "{damaged}");
+}
+
+#[test]
+fn a_reclaim_cancelled_in_its_last_slice_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let (engine, recorder) = recorded(dir.path(), &Options::defaults(&ABOUT));
+    let engine = Arc::new(engine);
+    engine.commit(&numbered(1), Durability::Durable).unwrap();
+    recorder.cancels.set(Arc::downgrade(&engine)).unwrap();
+    let result = engine.reclaim();
+    assert!(matches!(result, Err(EngineError::Cancelled)), "{result:?}");
+    assert!(!dir.path().join(NEW).exists(), "the copy is left");
+    assert_eq!(check_numbered(&engine, "cancelled"), 1);
 }
 
 #[test]
