@@ -285,8 +285,8 @@ fn check_directory(config: &Config) -> Result<(), StartError> {
         )));
     }
     let wanted = config.storage.engine;
-    let present = engines::present(data_dir)
-        .map_err(|source| StartError::Dir { path: member, source })?;
+    let present =
+        engines::present(data_dir).map_err(|source| StartError::Dir { path: member, source })?;
     if let [_, _, ..] = &present[..] {
         let names: Vec<&str> = present.iter().map(|engine| engine.name()).collect();
         return Err(StartError::Refused(format!(

@@ -164,6 +164,10 @@ pub(crate) fn check(committer: &Committer) -> Result<Checked, EngineError> {
     while let Some(root) = roots.pop() {
         tree.pages_under(root, &mut |id, page| {
             add(id, (page.bytes().len() / store.page_bytes()) as u64)?;
+            if !page.is_leaf() && page.count() < 2 {
+                // it can be read, but bbolt panics when it takes the child away
+                return Err(store.damaged(id, PageDamage::Lonely));
+            }
             if page.is_leaf() {
                 let found = visit_leaf(id, page, root == version.root, &mut roots);
                 rows += found.map_err(|damage| store.damaged(id, damage))?;

@@ -162,6 +162,8 @@ pub enum PageDamage {
     Depth,
     #[error("it is on another level than the page beside it")]
     Level,
+    #[error("it is a branch with a single child")]
+    Lonely,
     #[error("element {index} is a bucket within a bucket")]
     Nested { index: usize },
     #[error("element {index} of the root is not a bucket")]

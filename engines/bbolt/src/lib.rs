@@ -139,6 +139,8 @@ impl Bbolt {
         let committer = match files.open(&data, false) {
             Ok(Some(disk)) => {
                 remove_if_there(&new)?;
+                // whoever gave it its name may have died before that was durable
+                sync_dir(&*files, dir)?;
                 Committer::open(disk, &data, settings)?
             }
             Ok(None) => return Err(in_use(&data)),

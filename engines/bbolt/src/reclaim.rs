@@ -242,10 +242,9 @@ impl Bbolt {
             }
             self.check_cancelled()?;
         }
-        // all that can be done while commits go on, so that little is left for the switch; opening the file
-        // again, under the name that it will have, shows that it is whole
+        // all that can be done while commits go on, so that little is left for the switch
         target.flush()?;
-        let mut target = Committer::open(target.into_disk(), &data, self.settings)?;
+        target.rename(&data);
         let mut caught_up = false;
         for durability in [Durability::Durable, Durability::Buffered] {
             caught_up = false;

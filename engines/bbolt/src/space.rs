@@ -118,7 +118,8 @@ impl Space {
 
     /// Pages that the newest version uses, the metas among them.
     pub(crate) fn pages_in_use(&self) -> u64 {
-        self.pages - self.free.pages - self.pending_pages
+        // a stored list that is wrong has pages that are in use, and these are counted again once replaced
+        self.pages.saturating_sub(self.pages_unused())
     }
 
     /// Takes `length` pages in a row for `version`.
@@ -194,6 +195,14 @@ mod tests {
         assert_eq!(runs.take(2), Some(11));
         assert_eq!(runs.pages, 1);
         assert_eq!(runs.by_start.len(), runs.by_length.len());
+    }
+
+    #[test]
+    fn a_wrong_list_of_free_pages_is_no_panic() {
+        let mut space = Space::new(6, [(2, 4)]).unwrap();
+        space.replace(2, 3, 1);
+        assert_eq!((space.pages_in_use(), space.pages_unused()), (0, 7));
+        assert_eq!(space.release(&[1]), Err(FreedTwice(2)));
     }
 
     #[test]

@@ -199,6 +199,18 @@ impl Store {
         Ok(())
     }
 
+    /// Makes a meta page that was read durable. Whoever wrote it may have died before its sync: then it is only in the
+    /// system's cache, and the disk may still lead to the version before, whose pages are free by what was read. It is
+    /// written again because a page that the system once failed to write counts as clean; what it leads to was synced
+    /// before it was written.
+    fn settle_meta(&self, meta_page: u64) -> Result<(), EngineError> {
+        let at = meta_page * self.page_bytes as u64;
+        let mut page = vec![0; self.page_bytes];
+        self.read(&mut page, at)?;
+        self.disk.write_at(&[&page], at).map_err(|error| self.io("write", error))?;
+        self.disk.sync().map_err(|error| self.io("sync", error))
+    }
+
     /// The versions that somebody sees, ascending.
     fn pinned(&self) -> Vec<u64> {
         self.pins.lock().keys().copied().collect()
@@ -310,6 +322,7 @@ impl Committer {
                  {page_bytes} bytes"
             )));
         }
+        store.settle_meta(meta_page)?;
         let store = Arc::new(store);
         let mut version = Version { number: 0, root, sequence, pages, buckets: Default::default() };
         read_buckets(&store, &mut version)?;
@@ -339,9 +352,10 @@ impl Committer {
         Ok(committer)
     }
 
-    /// Gives the file back, of which nobody has a snapshot.
-    pub(crate) fn into_disk(self) -> Box<dyn Disk> {
-        Arc::into_inner(self.store).expect("no snapshots of a file in the making").disk
+    /// Errors call the file `path` from now on. Nobody has a snapshot of it yet.
+    pub(crate) fn rename(&mut self, path: &Path) {
+        let store = Arc::get_mut(&mut self.store).expect("no snapshots of a file in the making");
+        store.path = path.to_path_buf();
     }
 
     pub(crate) fn store(&self) -> &Arc<Store> {

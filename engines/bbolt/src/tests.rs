@@ -3,6 +3,7 @@ use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Weak;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 
 use engine_conformance::{Mirror, Model, Rng, undisturbed};
@@ -104,6 +105,9 @@ struct Recorder {
     /// Writes that still succeed before the disk is full; negative: it never is.
     writes_left: AtomicI64,
     sync_fails: AtomicBool,
+    bytes_read: AtomicUsize,
+    /// Whose reclaim is cancelled as soon as its file is there.
+    cancels: OnceLock<Weak<Bbolt>>,
 }
 
 impl Recorder {
@@ -113,6 +117,8 @@ impl Recorder {
             record: Mutex::default(),
             writes_left: AtomicI64::new(-1),
             sync_fails: AtomicBool::new(false),
+            bytes_read: AtomicUsize::new(0),
+            cancels: OnceLock::new(),
         })
     }
 
@@ -134,6 +140,9 @@ impl Files for Recorded {
     fn open(&self, path: &Path, create: bool) -> io::Result<Option<Box<dyn Disk>>> {
         let Some(disk) = OsFiles.open(path, create)? else { return Ok(None) };
         let recorder = Arc::clone(&self.0);
+        if let Some(engine) = recorder.cancels.get().and_then(Weak::upgrade) {
+            engine.cancel_reclaim();
+        }
         let file = recorder.files.fetch_add(1, Ordering::AcqRel);
         recorder.record.lock().push(DiskOp::Create { file, path: path.to_path_buf() });
         Ok(Some(Box::new(RecordedDisk { disk, file, recorder })))
@@ -159,7 +168,9 @@ impl Disk for RecordedDisk {
     }
 
     fn read_at(&self, buffer: &mut [u8], at: u64) -> io::Result<usize> {
-        self.disk.read_at(buffer, at)
+        let read = self.disk.read_at(buffer, at)?;
+        self.recorder.bytes_read.fetch_add(read, Ordering::AcqRel);
+        Ok(read)
     }
 
     fn write_at(&self, parts: &[&[u8]], at: u64) -> io::Result<()> {
@@ -329,6 +340,99 @@ fn power_loss_at_any_operation_with_a_freelist_keeps_what_was_durable() {
     power_loss_keeps_what_was_durable(true);
 }
 
+/// What the system's cache holds after `record`: the file that has the name [`DATA`], if there is one.
+fn cached(record: &[DiskOp]) -> Option<(usize, Vec<u8>)> {
+    let mut names: HashMap<PathBuf, usize> = HashMap::new();
+    let mut images: HashMap<usize, Vec<u8>> = HashMap::new();
+    for op in record {
+        match op {
+            DiskOp::Create { file, path } => drop(names.insert(path.clone(), *file)),
+            DiskOp::Rename { from, to } => {
+                let file = names.remove(from).unwrap();
+                names.insert(to.clone(), file);
+            }
+            DiskOp::SetLen { file, len } => {
+                images.entry(*file).or_default().resize(*len as usize, 0)
+            }
+            DiskOp::Write { file, at, data } => {
+                let image = images.entry(*file).or_default();
+                let end = *at as usize + data.len();
+                image.resize(image.len().max(end), 0);
+                image[*at as usize..end].copy_from_slice(data);
+            }
+            DiskOp::Sync { .. } | DiskOp::SyncDir => {}
+        }
+    }
+    let (_, file) = names.into_iter().find(|(path, _)| path.ends_with(DATA))?;
+    Some((file, images.remove(&file)?))
+}
+
+/// A process is killed before it syncs a meta page or a name; the next one goes on with what the system's
+/// cache holds, until the power fails.
+#[test]
+fn power_loss_after_a_kill_keeps_what_was_durable() {
+    let seed = seed();
+    let mut rng = Rng::new(seed);
+    let (dir, crashed) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (engine, recorder) = recorded(dir.path(), &small(false));
+    // (operations recorded when it was acknowledged, number)
+    let mut first_durable = vec![(0, 0)];
+    for n in 1..=12 {
+        engine.commit(&numbered(n), Durability::Durable).unwrap();
+        first_durable.push((recorder.recorded(), n));
+        if n % 5 == 0 {
+            engine.reclaim().unwrap();
+        }
+    }
+    let first = std::mem::take(&mut *recorder.record.lock());
+    let meta_or_name = |op: &DiskOp| match op {
+        DiskOp::Write { at, .. } => *at <= PAGE_BYTES as u64,
+        DiskOp::Rename { .. } => true,
+        _ => false,
+    };
+    let kills = (1..first.len()).filter(|at| meta_or_name(&first[at - 1]));
+    let mut killed = 0;
+    for kill in kills {
+        let Some((file, image)) = cached(&first[..kill]) else { continue };
+        killed += 1;
+        let next_dir = tempfile::tempdir().unwrap();
+        fs::write(next_dir.path().join(DATA), image).unwrap();
+        let (engine, recorder) = recorded(next_dir.path(), &small(false));
+        let found = check_numbered(&engine, "after a kill");
+        let mut durable = first_durable.clone();
+        durable.retain(|(at, _)| *at <= kill);
+        // the first operation is the opening itself
+        let recorded_to = |recorder: &Recorder| kill + recorder.recorded() - 1;
+        durable.push((recorded_to(&recorder), found));
+        for n in found + 1..found + 4 {
+            engine.commit(&numbered(n), Durability::Durable).unwrap();
+            durable.push((recorded_to(&recorder), n));
+        }
+        let mut record = first[..kill].to_vec();
+        record.extend(recorder.record.lock().drain(..).skip(1).map(|op| match op {
+            DiskOp::Write { at, data, .. } => DiskOp::Write { file, at, data },
+            DiskOp::SetLen { len, .. } => DiskOp::SetLen { file, len },
+            DiskOp::Sync { .. } => DiskOp::Sync { file },
+            other => other,
+        }));
+        for end in kill..=record.len() {
+            for round in 0..3 {
+                power_loss(&record, end, &mut rng, crashed.path());
+                let context = format!("seed {seed}, killed at {kill}, crash {round} at {end}");
+                let survivor = try_open(crashed.path(), &small(false))
+                    .unwrap_or_else(|error| panic!("{context}: {error}"));
+                let n = check_numbered(&survivor, &context);
+                let (_, acknowledged) = durable[durable.partition_point(|(at, _)| *at <= end) - 1];
+                assert!(
+                    n >= acknowledged,
+                    "{context}: {n} is the last, {acknowledged} was durable"
+                );
+            }
+        }
+    }
+    assert!(killed > 12, "only {killed} kills");
+}
+
 /// A copy of the file of an engine that is still open is what a killed process leaves.
 #[test]
 fn a_kill_leaves_the_last_durable_commit() {
@@ -428,6 +532,38 @@ fn reclaim_on_a_full_disk_leaves_the_engine_as_it_was() {
     assert!((3..10).contains(&failures), "{failures} failures");
     drop(engine);
     assert_eq!(check_numbered(&open(dir.path()), "reopened"), 40);
+}
+
+/// Commits go on meanwhile, and would leave more and more to catch up with.
+#[test]
+fn reclaim_does_not_read_its_copy_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (engine, recorder) = recorded(dir.path(), &Options::defaults(&ABOUT));
+    let mut batch = Batch::default();
+    (0..2_000_u64).for_each(|n| batch.put(Table::Key, n.to_be_bytes().to_vec(), vec![1; 3_000]));
+    engine.commit(&batch, Durability::Durable).unwrap();
+    let before = recorder.bytes_read.load(Ordering::Acquire);
+    let reclaimed = engine.reclaim().unwrap();
+    assert!(reclaimed.after > 6_000_000, "{reclaimed:?}");
+    // the old file is in the cache
+    let read = recorder.bytes_read.load(Ordering::Acquire) - before;
+    assert!(read < 100_000, "{read} bytes read");
+    engine.check().unwrap();
+    let damaged = engine.snapshot().store.damaged(7, PageDamage::Empty);
+    assert!(damaged.to_string().contains("/db, page 7"), "{damaged}");
+}
+
+#[test]
+fn a_reclaim_cancelled_in_its_last_slice_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let (engine, recorder) = recorded(dir.path(), &Options::defaults(&ABOUT));
+    let engine = Arc::new(engine);
+    engine.commit(&numbered(1), Durability::Durable).unwrap();
+    recorder.cancels.set(Arc::downgrade(&engine)).unwrap();
+    let result = engine.reclaim();
+    assert!(matches!(result, Err(EngineError::Cancelled)), "{result:?}");
+    assert!(!dir.path().join(NEW).exists(), "the copy is left");
+    assert_eq!(check_numbered(&engine, "cancelled"), 1);
 }
 
 #[test]
@@ -531,13 +667,12 @@ fn a_short_file_is_corrupt() {
 
 /// Bytes and whole pages are overwritten at random: the engine finds what is there or names the page,
 /// and comes to an end in any case.
-#[test]
-fn damage_is_reported_or_harmless() {
+fn damage_is_reported(sync_freelist: bool) {
     let seed = seed();
     let mut rng = Rng::new(seed);
     let dir = tempfile::tempdir().unwrap();
     {
-        let engine = open(dir.path());
+        let engine = open_small(dir.path(), sync_freelist);
         for n in 0..6 {
             let mut batch = numbered(n + 1);
             for key in 0..400_u64 {
@@ -574,7 +709,10 @@ fn damage_is_reported_or_harmless() {
         }
         fs::write(&data, &image).unwrap();
         let used = try_open(dir.path(), &small(rng.one_in(2))).and_then(|engine| {
-            engine.check()?;
+            if !sync_freelist || rng.one_in(2) {
+                // a stored list of free pages is believed: only this finds out that it is wrong
+                engine.check()?;
+            }
             {
                 let view = engine.view()?;
                 for table in Table::ALL {
@@ -607,6 +745,16 @@ fn damage_is_reported_or_harmless() {
         }
     }
     assert!(named > 100 && harmless > 20, "{named} named, {harmless} harmless");
+}
+
+#[test]
+fn damage_is_reported_or_harmless() {
+    damage_is_reported(false);
+}
+
+#[test]
+fn damage_with_a_freelist_is_reported_or_harmless() {
+    damage_is_reported(true);
 }
 
 #[test]
@@ -685,7 +833,83 @@ fn random_batch(rng: &mut Rng, rows: &mut BTreeMap<Vec<u8>, Vec<u8>>, table: Tab
             batch.delete(table, key);
         }
     }
+    if rng.one_in(3) {
+        // keys of which few fit into a branch: the tree is deep, and a run of them leaves little of it
+        let from = rng.below(200);
+        let run = (from..from + rng.below(100)).map(long_key);
+        if growing {
+            for key in run {
+                let value = rng.bytes(3_000);
+                rows.insert(key.clone(), value.clone());
+                batch.put(table, key, value);
+            }
+        } else {
+            for key in run {
+                rows.remove(&key);
+                batch.delete(table, key);
+            }
+        }
+    }
     batch
+}
+
+/// Four of them fit into a branch, and one with 3000 bytes of value into a leaf.
+fn long_key(n: u64) -> Vec<u8> {
+    let mut key = n.to_be_bytes().to_vec();
+    key.resize(1_000, 0xff);
+    key
+}
+
+/// bbolt panics when it takes its only child away from a branch.
+#[test]
+fn no_branch_is_left_with_a_single_child() {
+    for (from, to) in [(1, 16), (1, 64), (0, 63), (17, 48), (2, 62), (31, 33)] {
+        let dir = tempfile::tempdir().unwrap();
+        let engine = open(dir.path());
+        let mut batch = Batch::default();
+        (0..64).for_each(|n| batch.put(Table::Lease, long_key(n), vec![0; 3_000]));
+        engine.commit(&batch, Durability::Durable).unwrap();
+        let mut batch = Batch::default();
+        (from..to).for_each(|n| batch.delete(Table::Lease, long_key(n)));
+        engine.commit(&batch, Durability::Durable).unwrap();
+        let checked = engine.check().unwrap_or_else(|error| panic!("{from}..{to}: {error}"));
+        assert_eq!(checked.rows, 64 - (to - from), "{from}..{to}");
+    }
+}
+
+/// Many random trees of keys of which few fit into a branch.
+#[test]
+fn deep_trees_stay_in_order_under_deletes_of_runs() {
+    let seed = seed();
+    let mut rng = Rng::new(seed);
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open_small(dir.path(), false);
+    let mut rows = BTreeMap::new();
+    for step in 0..400 {
+        let context = format!("seed {seed}, step {step}");
+        let mut batch = Batch::default();
+        for _ in 0..1 + rng.below(4) {
+            let from = rng.below(200);
+            let longest = if rng.one_in(4) { 150 } else { 20 };
+            let run = from..from + 1 + rng.below(longest);
+            let filling = rng.one_in(2);
+            for key in run.map(long_key) {
+                if filling {
+                    let len = if rng.one_in(3) { rng.below(100) } else { 3_000 };
+                    let value = rng.bytes(len as usize);
+                    rows.insert(key.clone(), value.clone());
+                    batch.put(Table::Lease, key, value);
+                } else {
+                    rows.remove(&key);
+                    batch.delete(Table::Lease, key);
+                }
+            }
+        }
+        engine.commit(&batch, Durability::Buffered).unwrap();
+        let checked = engine.check().unwrap_or_else(|error| panic!("{context}: {error}"));
+        assert_eq!(checked.rows, rows.len() as u64, "{context}");
+        assert_rows(&*engine.view().unwrap(), &rows, &context);
+    }
 }
 
 #[test]

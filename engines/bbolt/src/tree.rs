@@ -6,7 +6,8 @@
 //!
 //! ```text
 //! edit       merges the changes into a leaf, or passes them on to the children of a branch
-//! settle     joins a child that deletions have left small with the one beside it
+//! settle     joins a child that deletions have left small with the one beside it; an only child waits
+//!            until its parent has been joined
 //! place      cuts each changed child into pages and gives them numbers
 //! ```
 
@@ -276,7 +277,7 @@ struct Child {
     id: u64,
 }
 
-/// A changed page, of any size and without a number. A branch's children have theirs.
+/// A changed page, of any size and without a number. A branch's children have theirs, but for one that waits.
 struct Node {
     items: Items,
     /// Something was taken out, so that it may be too small now.
@@ -286,6 +287,19 @@ struct Node {
 enum Items {
     Rows(Vec<Row>),
     Children(Vec<Child>),
+    /// An only child that is too small. It gets no page before its parent has been joined with another and
+    /// it with a child of that one: else it would stay alone in a branch, which bbolt does not survive.
+    Only(Box<Node>),
+}
+
+impl Items {
+    fn into_slots(self) -> Vec<Slot> {
+        match self {
+            Items::Rows(_) => unreachable!("a leaf has no children"),
+            Items::Children(children) => children.into_iter().map(Slot::Kept).collect(),
+            Items::Only(only) => vec![Slot::Changed(*only)],
+        }
+    }
 }
 
 /// A child of a branch that is being changed.
@@ -311,6 +325,7 @@ impl Node {
         match &self.items {
             Items::Rows(rows) => rows.len(),
             Items::Children(children) => children.len(),
+            Items::Only(_) => 1,
         }
     }
 
@@ -320,12 +335,13 @@ impl Node {
             + match &self.items {
                 Items::Rows(rows) => rows.iter().map(Row::bytes).sum::<usize>(),
                 Items::Children(children) => children.iter().map(Child::bytes).sum(),
+                Items::Only(_) => 0,
             }
     }
 
     fn is_small(&self, page_bytes: usize) -> bool {
-        let few = matches!(&self.items, Items::Children(children) if children.len() < 2);
-        self.shrunk && (few || self.bytes() < page_bytes / 4)
+        let few = !matches!(&self.items, Items::Rows(_)) && self.len() < 2;
+        few || self.shrunk && self.bytes() < page_bytes / 4
     }
 }
 
@@ -388,6 +404,10 @@ impl Editor<'_> {
                     }
                     _ => self.place_branches(&children),
                 },
+                Items::Only(only) => {
+                    node = *only;
+                    continue;
+                }
             };
             node = Node { items: Items::Children(children), shrunk: false };
         }
@@ -441,8 +461,22 @@ impl Editor<'_> {
                 kept => slots.extend(kept),
             }
         }
-        let items = Items::Children(self.place(slots));
-        Ok(Some(Node { items, shrunk }))
+        Ok(Some(self.branch(slots, shrunk)))
+    }
+
+    /// A branch of children that are settled.
+    fn branch(&mut self, mut slots: Vec<Slot>, shrunk: bool) -> Node {
+        let page_bytes = self.page_bytes();
+        let only =
+            slots.pop_if(|slot| matches!(slot, Slot::Changed(node) if node.is_small(page_bytes)));
+        let items = match only {
+            Some(Slot::Changed(only)) if slots.is_empty() => Items::Only(Box::new(only)),
+            other => {
+                slots.extend(other);
+                Items::Children(self.place(slots))
+            }
+        };
+        Node { items, shrunk }
     }
 
     /// Merges changes into a leaf.
@@ -539,11 +573,16 @@ impl Editor<'_> {
                 rows.extend(more);
                 Items::Rows(rows)
             }
-            (Items::Children(mut children), Items::Children(more)) => {
-                children.extend(more);
-                Items::Children(children)
+            (Items::Rows(_), _) | (_, Items::Rows(_)) => {
+                return Err(self.damaged(kept, PageDamage::Level));
             }
-            _ => return Err(self.damaged(kept, PageDamage::Level)),
+            (left, right) => {
+                let mut slots = left.into_slots();
+                slots.extend(right.into_slots());
+                // one that waited finds others here
+                self.settle(&mut slots)?;
+                return Ok(self.branch(slots, true));
+            }
         };
         Ok(Node { items, shrunk: true })
     }
@@ -565,7 +604,8 @@ impl Editor<'_> {
         Ok(Items::Rows(rows.collect::<Result<_, _>>()?))
     }
 
-    /// Gives all children pages.
+    /// Gives all children pages. Branches among them have two children or more: `settle` leaves one that
+    /// has fewer only if there is none beside it, and then it waits.
     fn place(&mut self, slots: Vec<Slot>) -> Vec<Child> {
         let mut children = Vec::with_capacity(slots.len());
         for slot in slots {
@@ -576,6 +616,9 @@ impl Editor<'_> {
                 }
                 Slot::Changed(Node { items: Items::Children(below), .. }) => {
                     children.extend(self.place_branches(&below));
+                }
+                Slot::Changed(Node { items: Items::Only(_), .. }) => {
+                    unreachable!("a branch whose only child waits is too small to be placed")
                 }
             }
         }

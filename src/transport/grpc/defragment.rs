@@ -69,7 +69,9 @@ fn run(member: &Member) -> Result<(), Status> {
         if stopping {
             Err(engine_api::EngineError::Cancelled)
         } else {
-            engine.reclaim().inspect(|_| shared.measure(&*engine))
+            engine.reclaim().inspect(|_| {
+                shared.measure(&*engine);
+            })
         }
     };
     let took = started.elapsed();
