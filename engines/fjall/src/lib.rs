@@ -54,6 +54,8 @@ use rustc_hash::FxHashMap;
 use store::{Shared, position};
 
 const FJALL: &str = "fjall";
+/// In it: a directory for each tree.
+const TREES: &str = "keyspaces";
 const NEW: &str = "fjall.new";
 const MARK: &str = "mark";
 const MARK_NEW: &str = "mark.new";
@@ -357,9 +359,9 @@ impl Engine for Fjall {
         result.map_err(|error| self.shared.poison(error))
     }
 
-    /// The blocks that all files occupy.
+    /// The blocks that all files occupy; the tables as of the last that was written, compacted or reclaimed.
     fn size(&self) -> Result<u64, EngineError> {
-        space::occupied(&self.shared.dir)
+        space::size(&self.shared)
     }
 
     /// An estimate from a counter kept with each commit: bytes of all rows and 24 for each, for lengths,

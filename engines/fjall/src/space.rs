@@ -12,7 +12,7 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
@@ -22,7 +22,8 @@ use fjall::{AbstractTree, PersistMode};
 
 use crate::journal::{self, FILL_BYTES_MIN};
 use crate::mark::Fill;
-use crate::{FJALL, Fjall, failed};
+use crate::store::Shared;
+use crate::{FJALL, Fjall, TREES, failed};
 
 /// How long old tables are waited for at most, in growing steps: a view that is being read keeps them.
 const LET_GO_AFTER: [Duration; 5] = [
@@ -38,22 +39,43 @@ pub(crate) fn occupied(dir: &Path) -> Result<u64, EngineError> {
     let mut bytes = 0;
     let mut dirs = vec![dir.to_path_buf()];
     while let Some(dir) = dirs.pop() {
-        let entries = match fs::read_dir(&dir) {
-            Ok(entries) => entries,
-            Err(error) => return Err(failed("list", &dir, error)),
-        };
-        for entry in entries {
-            let entry = entry.map_err(|error| failed("list", &dir, error))?;
-            match entry.metadata() {
-                Ok(metadata) if metadata.is_dir() => dirs.push(entry.path()),
-                Ok(metadata) => bytes += metadata.len().min(metadata.blocks() * 512),
-                // removed meanwhile, as tables are
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(failed("examine", &entry.path(), error)),
-            }
+        bytes += occupied_in(&dir, &mut dirs)?;
+    }
+    Ok(bytes)
+}
+
+/// The same of the files in `dir` itself; adds the directories in it to `dirs`.
+fn occupied_in(dir: &Path, dirs: &mut Vec<PathBuf>) -> Result<u64, EngineError> {
+    let mut bytes = 0;
+    for entry in fs::read_dir(dir).map_err(|error| failed("list", dir, error))? {
+        let entry = entry.map_err(|error| failed("list", dir, error))?;
+        match entry.metadata() {
+            Ok(metadata) if metadata.is_dir() => dirs.push(entry.path()),
+            Ok(metadata) => bytes += metadata.len().min(metadata.blocks() * 512),
+            // removed meanwhile, as tables are
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(failed("examine", &entry.path(), error)),
         }
     }
     Ok(bytes)
+}
+
+/// Bytes of all files: the server asks with each commit, so tables, which may be thousands, are not looked
+/// at but remembered by [`measure`].
+pub(crate) fn size(shared: &Shared) -> Result<u64, EngineError> {
+    let mut bytes = shared.tables_bytes.load(Ordering::Relaxed);
+    for dir in [&shared.dir, &shared.dir.join(FJALL)] {
+        bytes += occupied_in(dir, &mut Vec::new())?;
+    }
+    Ok(bytes)
+}
+
+/// Looks how much the tables occupy, when it may have changed.
+pub(crate) fn measure(shared: &Shared) {
+    // an estimate is no reason to stop: what was seen last stays
+    if let Ok(bytes) = occupied(&shared.dir.join(FJALL).join(TREES)) {
+        shared.tables_bytes.store(bytes, Ordering::Relaxed);
+    }
 }
 
 pub(crate) fn reclaim(engine: &Fjall) -> Result<Reclaimed, EngineError> {
@@ -74,6 +96,7 @@ pub(crate) fn reclaim(engine: &Fjall) -> Result<Reclaimed, EngineError> {
     if let Some(fill) = fill {
         give_back(engine, fill)?;
     }
+    measure(shared);
     Ok(Reclaimed { before, after: occupied(&shared.dir)? })
 }
 

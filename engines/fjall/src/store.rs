@@ -4,7 +4,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use engine_api::{EngineError, Options, Table};
@@ -16,9 +16,10 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use crate::journal;
 use crate::mark::Mark;
+use crate::space;
 use crate::{
     CACHE_BYTES, COMPRESSION, DAMAGED, DAMAGED_NEW, FJALL, MARK, NEW, OWN, OWN_BATCH,
-    OWN_COMPRESSION, OWN_ID, OwnRow, failed, sync_dir,
+    OWN_COMPRESSION, OWN_ID, OwnRow, TREES, failed, sync_dir,
 };
 
 /// Runs of tables in the first level from which on commits wait for compaction. fjall itself stops a commit
@@ -40,6 +41,8 @@ pub(crate) struct Shared {
     pub(crate) tables: [Keyspace; Table::ALL.len()],
     pub(crate) own: Keyspace,
     pub(crate) mark: Mutex<Mark>,
+    /// What the tables occupied when it was looked at last.
+    pub(crate) tables_bytes: AtomicU64,
     /// The reclaim that is under way is to end.
     pub(crate) cancelled: AtomicBool,
     /// Why no commit is possible any more.
@@ -212,6 +215,7 @@ impl Shared {
                 self.poison(error);
                 return;
             }
+            space::measure(self);
             let mut work = self.work.lock();
             (work.flushed, work.compact) = (sealed, true);
             drop(work);
@@ -285,6 +289,7 @@ impl Shared {
                 if keyspace.tree.current_version().id() == before {
                     break;
                 }
+                space::measure(self);
                 self.work_done.notify_all();
             }
         }
@@ -421,6 +426,7 @@ pub(crate) fn open(dir: &Path, options: &Options) -> Result<Store, EngineError> 
         tables,
         own,
         mark: Mutex::new(mark),
+        tables_bytes: AtomicU64::new(space::occupied(&path.join(TREES))?),
         cancelled: AtomicBool::new(false),
         poisoned: OnceLock::new(),
         work: Mutex::default(),
@@ -493,7 +499,7 @@ fn check_is_fjall(path: &Path) -> Result<(), EngineError> {
     if !exists(&version)? {
         return foreign("it has no file named version");
     }
-    let trees = path.join("keyspaces");
+    let trees = path.join(TREES);
     if !trees.is_dir() {
         return foreign("it has no directory named keyspaces");
     }

@@ -607,6 +607,38 @@ fn a_cancelled_reclaim_answers_so_and_the_engine_goes_on() {
     assert_eq!(check_numbered(&engine, "after the next reclaim"), 2);
 }
 
+/// Tables are not looked at for it.
+#[test]
+fn the_size_follows_the_files() {
+    let dir = tempfile::tempdir().unwrap();
+    // small tables of our own tree are written and compacted by fjall at its own time
+    let check = |engine: &Fjall| {
+        let deadline = Instant::now() + Duration::from_secs(60);
+        loop {
+            let (size, files) = (engine.size().unwrap(), space::occupied(dir.path()).unwrap());
+            if size.abs_diff(files) < 64 << 10 {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{size} bytes, but the files have {files}");
+            thread::sleep(Duration::from_millis(5));
+        }
+    };
+    let engine = open_small(dir.path());
+    let value = Bytes::from(Rng::new(3).bytes(50_000));
+    for n in 0..60_u64 {
+        let mut batch = Batch::default();
+        batch.put(Table::Key, n.to_be_bytes().to_vec(), value.clone());
+        engine.commit(&batch, Durability::Buffered).unwrap();
+    }
+    engine.shared.wait_until_flushed().unwrap();
+    check(&engine);
+    assert!(engine.shared.tables_bytes.load(Ordering::Relaxed) > 2_000_000);
+    let after = engine.reclaim().unwrap().after;
+    assert!(engine.size().unwrap().abs_diff(after) < 64 << 10);
+    drop(engine);
+    check(&open_small(dir.path()));
+}
+
 #[test]
 fn a_failed_flush_poisons_with_its_reason() {
     let dir = tempfile::tempdir().unwrap();
