@@ -265,6 +265,11 @@ impl<B: Deref<Target = [u8]>> Page<B> {
         Ok(())
     }
 
+    /// The number that it says it has; an inline page's means nothing.
+    pub fn id(&self) -> u64 {
+        u64_at(&self.bytes, 0)
+    }
+
     pub fn is_leaf(&self) -> bool {
         self.is_leaf
     }

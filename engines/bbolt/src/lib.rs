@@ -270,10 +270,14 @@ impl Snapshot {
         self.version.buckets[table as usize].as_ref().map(|Bucket { root, .. }| root)
     }
 
-    /// The value of an element. Small ones are copied, so that they do not keep their whole page.
-    fn value(&self, page: &Page<Bytes>, index: usize) -> Result<Bytes, EngineError> {
+    /// The value of an element of a bucket's leaf. Small ones are copied, so that they do not keep their whole page.
+    fn value(&self, root: &Root, page: &Page<Bytes>, index: usize) -> Result<Bytes, EngineError> {
         if page.flags(index) & IS_BUCKET != 0 {
-            return Err(self.store.damaged(self.version.root, PageDamage::Nested { index }));
+            let id = match root {
+                Root::Inline(_, id) => *id,
+                Root::Page(_) => page.id(),
+            };
+            return Err(self.store.damaged(id, PageDamage::Nested { index }));
         }
         let range = page.value_range(index);
         Ok(if range.len() < page.bytes().len() / 2 {
@@ -288,7 +292,7 @@ impl View for Snapshot {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, EngineError> {
         let Some(root) = self.root(table) else { return Ok(None) };
         let found = self.tree().find(root, key)?;
-        found.map(|(page, index)| self.value(&page, index)).transpose()
+        found.map(|(page, index)| self.value(root, &page, index)).transpose()
     }
 
     fn scan(
@@ -312,7 +316,7 @@ impl View for Snapshot {
     fn last(&self, table: Table) -> Result<Option<(Bytes, Bytes)>, EngineError> {
         let Some(root) = self.root(table) else { return Ok(None) };
         let Some((page, index)) = self.tree().last(root)? else { return Ok(None) };
-        Ok(Some((Bytes::copy_from_slice(page.key(index)), self.value(&page, index)?)))
+        Ok(Some((Bytes::copy_from_slice(page.key(index)), self.value(root, &page, index)?)))
     }
 }
 

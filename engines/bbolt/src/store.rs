@@ -644,7 +644,7 @@ fn bucket_value(bucket: &Bucket) -> Vec<u8> {
     value
 }
 
-/// Reads a bucket out of element `index` of a leaf of the bucket tree, which is page `id` or near it.
+/// Reads a bucket out of element `index` of a leaf of the bucket tree, which is page `id`.
 pub(crate) fn decode_bucket(
     id: u64,
     page: &Page<Bytes>,
@@ -673,8 +673,8 @@ fn read_buckets(store: &Store, version: &mut Version) -> Result<(), EngineError>
     for table in Table::ALL {
         let found = tree.find(&Root::Page(version.root), table.name().as_bytes())?;
         if let Some((page, index)) = found {
-            let bucket = decode_bucket(version.root, &page, index)
-                .map_err(|damage| store.damaged(version.root, damage))?;
+            let bucket = decode_bucket(page.id(), &page, index)
+                .map_err(|damage| store.damaged(page.id(), damage))?;
             version.buckets[table as usize] = Some(bucket);
         }
     }

@@ -792,6 +792,42 @@ fn a_page_that_leads_to_itself_is_reported() {
     assert!(error.to_string().contains("two trees"), "{error}");
 }
 
+#[test]
+fn damage_names_the_leaf_and_not_the_root_above_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let engine = open_small(dir.path(), true);
+    let mut batch = Batch::default();
+    // inline buckets of such a size that they do not fit into one leaf
+    Table::ALL.iter().for_each(|table| batch.put(*table, "row", vec![1; 900]));
+    (0..500_u64).for_each(|n| batch.put(Table::Key, n.to_be_bytes().to_vec(), vec![1; 40]));
+    engine.commit(&batch, Durability::Durable).unwrap();
+    let snapshot = engine.snapshot();
+    let Some(Root::Page(rows)) = snapshot.root(Table::Key) else { panic!("it is not inline") };
+    let page = |id| snapshot.store.page(id, snapshot.version.pages).unwrap();
+    let (buckets, rows) = (page(snapshot.version.root), page(*rows));
+    assert!(!buckets.is_leaf() && !rows.is_leaf());
+    let (bucket_leaf, row_leaf) = (buckets.child(1), rows.child(1));
+    let (bucket, row) = (page(bucket_leaf), page(row_leaf));
+    drop((snapshot, engine));
+    let data = dir.path().join(DATA);
+    let image = fs::read(&data).unwrap();
+    let with_flags = |page: u64, flags: u8| {
+        let mut image = image.clone();
+        image[page as usize * PAGE_BYTES + format::HEADER_BYTES] = flags;
+        fs::write(&data, &image).unwrap();
+    };
+
+    with_flags(bucket_leaf, 0);
+    let error = try_open(dir.path(), &small(true)).err().unwrap();
+    assert!(error.to_string().contains(&format!("page {bucket_leaf}: ")), "{error}");
+    assert_eq!(bucket.flags(0), IS_BUCKET);
+
+    with_flags(row_leaf, IS_BUCKET as u8);
+    let engine = open_small(dir.path(), true);
+    let error = engine.view().unwrap().get(Table::Key, row.key(0)).unwrap_err();
+    assert!(error.to_string().contains(&format!("page {row_leaf}: ")), "{error}");
+}
+
 /// The image with metas that know of no list of free pages.
 fn without_freelist(mut image: Vec<u8>) -> Vec<u8> {
     for page in 0..2 {
