@@ -708,8 +708,9 @@ pub(crate) fn empty() -> Page<Bytes> {
     inline(&[])
 }
 
-/// Where to cut elements of these sizes into pages: the index after the last of each page. If they do not
-/// fit into one page, each gets about `fill` bytes, and at least `least` elements.
+/// Where to cut elements of these sizes into pages: the index after the last of each page. As bbolt does it: as
+/// long as the rest does not fit into one page, a page of about `fill` bytes is cut off it. Each gets at least
+/// `least` elements.
 fn cut(
     sizes: impl ExactSizeIterator<Item = usize> + Clone,
     page_bytes: usize,
@@ -717,14 +718,17 @@ fn cut(
     least: usize,
 ) -> Vec<usize> {
     let count = sizes.len();
-    if HEADER_BYTES + sizes.clone().sum::<usize>() <= page_bytes {
+    let mut rest = HEADER_BYTES + sizes.clone().sum::<usize>();
+    if rest <= page_bytes {
         return vec![count];
     }
     let mut cuts = Vec::new();
     let (mut from, mut bytes) = (0, HEADER_BYTES);
     for (at, size) in sizes.enumerate() {
-        if at - from >= least && count - at >= least && bytes + size > fill {
+        let enough = at - from >= least && count - at >= least;
+        if enough && bytes + size > fill && rest > page_bytes {
             cuts.push(at);
+            rest -= bytes - HEADER_BYTES;
             (from, bytes) = (at, HEADER_BYTES);
         }
         bytes += size;
@@ -742,9 +746,10 @@ mod tests {
         let cut = |sizes: &[usize], least| cut(sizes.iter().copied(), 100, 50, least);
         assert_eq!(cut(&[84], 1), [1]);
         assert_eq!(cut(&[20; 4], 1), [4]);
-        assert_eq!(cut(&[20; 5], 1), [1, 2, 3, 4, 5]);
+        assert_eq!(cut(&[20; 5], 1), [1, 5]);
         assert_eq!(cut(&[20; 5], 2), [2, 5]);
-        assert_eq!(cut(&[10; 9], 1), [3, 6, 9]);
+        assert_eq!(cut(&[10; 9], 1), [3, 9]);
+        assert_eq!(cut(&[10; 13], 1), [3, 6, 13]);
         assert_eq!(cut(&[500, 10, 10, 500], 1), [1, 3, 4]);
         assert_eq!(cut(&[500, 500], 2), [2]);
     }

@@ -9,6 +9,7 @@ use std::net::TcpListener;
 use std::ops::{Bound, ControlFlow};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,9 @@ use parking_lot::Mutex;
 /// so that an engine that has just been closed would seem to be open still.
 static ALONE: Mutex<()> = Mutex::new(());
 
+/// For etcd to serve, on a machine that has much else to do.
+const START: Duration = Duration::from_secs(120);
+
 /// A running etcd, which ends with this value.
 struct Etcd {
     process: Child,
@@ -28,8 +32,11 @@ struct Etcd {
 
 impl Etcd {
     fn start(data_dir: &Path) -> Etcd {
-        let free = || TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-        let (client, peer) = (format!("http://{}", free()), format!("http://{}", free()));
+        // both at once: a port that was given up could be the next one as well
+        let held = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").unwrap());
+        let [client, peer] =
+            held.each_ref().map(|held| format!("http://{}", held.local_addr().unwrap()));
+        drop(held);
         let mut process = Command::new("etcd")
             .args(["--name", "m", "--logger", "zap", "--log-outputs", "stderr"])
             .args(["--max-txn-ops", "1000", "--data-dir"])
@@ -41,23 +48,25 @@ impl Etcd {
             .stderr(Stdio::piped())
             .spawn()
             .expect("etcd is installed");
-        let mut log = BufReader::new(process.stderr.take().unwrap());
-        let mut etcd = Etcd { process, endpoint: client };
+        let log = BufReader::new(process.stderr.take().unwrap());
+        let etcd = Etcd { process, endpoint: client };
+        let (send, lines) = mpsc::channel();
+        // to the end, whether somebody listens or not: etcd would stop at a full pipe
+        thread::spawn(move || {
+            for line in log.lines() {
+                let _ = send.send(line.unwrap());
+            }
+        });
+        let deadline = Instant::now() + START;
         let mut seen = String::new();
         loop {
-            let mut line = String::new();
-            if log.read_line(&mut line).unwrap() == 0 {
-                etcd.process.wait().unwrap();
-                panic!("etcd has ended:\n{seen}");
-            }
-            seen.push_str(&line);
-            if line.contains("serving client traffic insecurely") {
-                break;
+            match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(line) if line.contains("serving client traffic insecurely") => return etcd,
+                Ok(line) => seen = seen + &line + "\n",
+                Err(RecvTimeoutError::Timeout) => panic!("etcd does not serve:\n{seen}"),
+                Err(RecvTimeoutError::Disconnected) => panic!("etcd has ended:\n{seen}"),
             }
         }
-        // it would stop at a full pipe
-        thread::spawn(move || std::io::copy(&mut log, &mut std::io::sink()));
-        etcd
     }
 
     fn ctl(&self, args: &[&str], input: &str) -> String {
